@@ -70,4 +70,4 @@ def category_names(
     "French display names for `codes`: the data's own, or Rakuten's if all codes are, or the code itself."
     given = given or {}
     ours = all(c in CATEGORIES for c in codes)
-    return {c: given.get(c) or (CATEGORIES[c].fr if ours else str(c)) for c in codes}
+    return {int(c): given.get(c) or (CATEGORIES[c].fr if ours else str(c)) for c in codes}
