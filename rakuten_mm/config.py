@@ -24,6 +24,7 @@ class EncoderConfig:
     max_title_chars:int = 512 # Titles are cut here
     max_description_chars:int = 2_000 # Descriptions are cut here
     max_tokens:int = 128 # Longest token sequence of a transformer
+    text_prefix:str = '' # What a transformer wants before each text, e.g. `query: ` for e5
     train_image:bool = False # Fine-tune the image encoder; otherwise it runs once per picture
     train_text:bool = False # Fine-tune a transformer; n-grams are always trained
 
