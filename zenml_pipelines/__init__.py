@@ -1,0 +1,16 @@
+"""ZenML pipelines: `zenml pipeline run zenml_pipelines.training -c zenml_pipelines/configs/training.yaml -s rakuten_local`.
+
+The pipelines are imported when asked for, because importing ZenML takes seconds that `run_notebook` does not need.
+"""
+from importlib import import_module
+
+from rakuten_mm.config import load_environment
+
+load_environment()
+
+PIPELINES = ('ingestion', 'training', 'api_check')
+
+
+def __getattr__(name):
+    if name not in PIPELINES: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(f'{__name__}.pipelines.{name}'), name)

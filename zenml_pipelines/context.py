@@ -1,0 +1,26 @@
+"""What a step knows of the run it belongs to."""
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import mlflow
+from zenml import get_step_context
+
+from rakuten_mm.config import artifacts_dir
+
+
+class StepRun(NamedTuple):
+    "Where a step logs and writes."
+    run_id:str # MLflow run that ZenML's tracker started, or empty without a tracker
+    out_dir:Path
+
+
+def step_run(
+    artifacts:str='', # Artifacts folder; empty keeps `RAKUTEN_MM_ARTIFACTS` or its default
+)->StepRun:
+    "The current step's MLflow run and output folder. Kernels and the library learn both from the environment."
+    os.environ['RAKUTEN_MM_ARTIFACTS'] = str(Path(artifacts).resolve() if artifacts else artifacts_dir())
+    run = mlflow.active_run()
+    if run: os.environ['MLFLOW_TRACKING_URI'] = mlflow.get_tracking_uri()
+    context = get_step_context()
+    return StepRun(run.info.run_id if run else '', artifacts_dir()/'runs'/context.pipeline_run.name/context.step_run.name)

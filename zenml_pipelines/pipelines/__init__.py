@@ -1,0 +1,1 @@
+"""Wiring only: one pipeline a file, named by the act."""

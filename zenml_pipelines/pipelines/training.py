@@ -1,0 +1,19 @@
+"A dataset version to a registered, evaluated and perhaps promoted model."
+from zenml import pipeline
+
+from zenml_pipelines.steps.evaluate import evaluate
+from zenml_pipelines.steps.promote import promote
+from zenml_pipelines.steps.train import train
+
+
+@pipeline(enable_cache=False)
+def training(
+    data_dir:str='artifacts/quickstart/data', # Dataset, from the ingestion
+    artifacts_dir:str='artifacts', # Everything is written below
+    preset:str='cpu', # Named configuration of rakuten_mm.config
+    seed:int=42,
+):
+    "Train, evaluate on the test split, promote if better."
+    train_dir,version = train(data_dir=data_dir, artifacts_dir=artifacts_dir, preset=preset, seed=seed)
+    scores = evaluate(data_dir=data_dir, artifacts_dir=artifacts_dir, train_dir=train_dir)
+    promote(data_dir=data_dir, artifacts_dir=artifacts_dir, version=version, test_scores=scores)

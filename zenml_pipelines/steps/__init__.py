@@ -1,0 +1,1 @@
+"""One thin step a file, named by its verb."""
