@@ -118,8 +118,9 @@ def resolve_model(
     name,_,alias = uri.removeprefix('models:/').partition('@')
     name,_,version = name.partition('/')
     if alias: version = str(alias_version(alias) or '')
-    if name != MODEL or not version: raise FileNotFoundError(f'{uri}: not in the registry at {tracking_uri()}; train and promote a model first')
-    source = mlflow_client().get_model_version(name, version).source
+    try: source = mlflow_client().get_model_version(name, version).source if version else ''
+    except MlflowException: source = ''
+    if not source: raise FileNotFoundError(f'{uri}: not in the registry at {tracking_uri()}; train and promote a model first')
     dest = artifacts_dir()/'models'/source.rstrip('/').split('/')[-3]/f'v{version}'
     if not dest.exists():
         stage = dest.with_name(f'.v{version}-{os.getpid()}'); stage.mkdir(parents=True, exist_ok=True)
