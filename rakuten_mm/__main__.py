@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/lib/22_main.ipynb #9dfe1d67
+# %% ../nbs/lib/22_main.ipynb #bd98df42
 from .cli import main
 
-if __name__ == '__main__': main()
+# %% ../nbs/lib/22_main.ipynb #7c2f9e35
+if __name__ == '__main__' and '__file__' in globals(): main()  # a notebook is a `__main__` too, without a file

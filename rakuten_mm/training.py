@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Fitted', 'LentRunLogger', 'make_trainer', 'fit', 'export', 'fit_references', 'evaluate']
 
-# %% ../nbs/lib/18_training.ipynb #cae28edc
+# %% ../nbs/lib/18_training.ipynb #206c1d04
 import logging, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from .network import MultimodalNet, build_network
 from .predictor import Predictor, add_golden
 from .tracking import EXPERIMENT, git_commit, log_metrics, log_provenance, tracked_run, tracking_uri
 
-# %% ../nbs/lib/18_training.ipynb #1ea43c90
+# %% ../nbs/lib/18_training.ipynb #9fbb3e20
 @dataclass
 class Fitted:
     "A trained network and how it got there."
@@ -33,7 +33,7 @@ class Fitted:
     val:dict[str, float] # Best validation scores
     seconds:float # Wall time, embedding included
 
-# %% ../nbs/lib/18_training.ipynb #b6cf4d37
+# %% ../nbs/lib/18_training.ipynb #0465cdf1
 class LentRunLogger(MLFlowLogger):
     "Logs to a run that belongs to somebody else, and does not end it."
     def finalize(self, status:str = 'success'): pass
@@ -55,7 +55,7 @@ def make_trainer(
     return pl.Trainer(max_epochs=cfg.fit.max_epochs, accelerator='auto', devices=1, logger=loggers, callbacks=callbacks, default_root_dir=out_dir,
                       enable_progress_bar=progress, enable_model_summary=False, log_every_n_steps=1, num_sanity_val_steps=0)
 
-# %% ../nbs/lib/18_training.ipynb #6e7ca1bd
+# %% ../nbs/lib/18_training.ipynb #be3f6871
 def fit(
     data:Dataset,
     cfg:TrainConfig,
@@ -83,7 +83,7 @@ def fit(
     val = {k.removeprefix('val/'): float(top[k]) for k in history if k.startswith('val/')}
     return Fitted(net.cpu().eval(), codes, {int(c): n for c,n in data.manifest['names'].items()}, history, val, time.perf_counter()-start)
 
-# %% ../nbs/lib/18_training.ipynb #2be54bd7
+# %% ../nbs/lib/18_training.ipynb #d87f50a9
 def export(
     fitted:Fitted,
     data:Dataset,
@@ -99,7 +99,7 @@ def export(
     add_golden(bundle, test[usable], data.images_dir)
     return bundle
 
-# %% ../nbs/lib/18_training.ipynb #c1dffbfc
+# %% ../nbs/lib/18_training.ipynb #8525cf60
 def fit_references(
     data:Dataset,
     cfg:TrainConfig, # Of the fused model
@@ -118,7 +118,7 @@ def fit_references(
                 out[m] = export(fit(data, single_modality(cfg, m), folder, seed, child, progress), data, folder, seed)
     return out
 
-# %% ../nbs/lib/18_training.ipynb #c51095f3
+# %% ../nbs/lib/18_training.ipynb #f8105222
 def evaluate(
     bundle:str|Path,
     data:Dataset,
