@@ -1,0 +1,21 @@
+# Sourced by quickstart.sh and test.sh: makes .venv from constraints.txt and activates it.
+# Nothing is installed when nothing changed, so a second run needs no network.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+export ZENML_ANALYTICS_OPT_IN=false MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=1 HF_HUB_DISABLE_TELEMETRY=1
+export PIP_DISABLE_PIP_VERSION_CHECK=1 NO_ALBUMENTATIONS_UPDATE=1 PYTHONUTF8=1
+[ "${RAKUTEN_MM_USE_HUB:-}" = 1 ] || export HF_HUB_OFFLINE=1
+
+say() { printf '\n== %s\n' "$*" >&2; }
+
+PYTHON=${PYTHON:-python3.11}
+command -v "$PYTHON" >/dev/null || { echo "Python 3.11 is needed (looked for $PYTHON; set PYTHON to another name)" >&2; exit 1; }
+stamp=$(cat settings.ini setup.py pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)
+if [ "$(cat .venv/.installed 2>/dev/null)" != "$stamp" ]; then
+    say "installing into .venv (a few minutes, about 6 GB)"
+    [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+    .venv/bin/python -m pip install --quiet --upgrade 'pip>=25' >&2
+    .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' >&2
+    echo "$stamp" > .venv/.installed
+fi
+export PATH="$PWD/.venv/bin:$PATH"

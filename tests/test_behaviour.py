@@ -1,0 +1,115 @@
+"What a user may rely on, whatever the catalogue."
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from rakuten_mm.config import preset
+from rakuten_mm.dataset import Dataset, ingest
+from rakuten_mm.predictor import Predictor
+from rakuten_mm.schema import RawDataError, image_name
+from rakuten_mm.training import evaluate, export, fit, fit_references
+
+
+@pytest.fixture(scope='module')
+def other_catalogue(tmp_path_factory):
+    "Forty codes of its own, PNG pictures of odd sizes under .jpg names, no descriptions, a class of two."
+    root = tmp_path_factory.mktemp('other')
+    (root/'images'/'image_train').mkdir(parents=True)
+    rng,rows = np.random.default_rng(0), []
+    for i in range(322):
+        code = 7 if i >= 320 else 100+i%40
+        rows.append((i, f'objet {code} numéro {i}', '', 10**9+i, 10**6+i, code))
+        size = tuple(rng.integers(20, 90, 2))
+        Image.new('RGB', size, (code*37%256, code*91%256, code*13%256)).save(root/'images'/'image_train'/image_name(10**6+i, 10**9+i), 'PNG')
+    df = pd.DataFrame(rows, columns=['', 'designation', 'description', 'productid', 'imageid', 'prdtypecode'])
+    df.drop(columns='prdtypecode').to_csv(root/'X_train_update.csv', index=False)
+    df[['', 'prdtypecode']].sample(frac=1, random_state=0).to_csv(root/'Y_train_CVw08PX.csv', index=False)
+    return root
+
+
+def test_codes_come_from_the_data(other_catalogue, tmp_path):
+    data = ingest(other_catalogue, tmp_path/'data', progress=False)
+    assert len(data.manifest['classes']) == 41 and data.manifest['names']['100'] == '100'
+    assert (data.products.loc[data.products.prdtypecode == 7, 'split'] == 'train').all()
+    bundle = export(fit(data, preset('smoke'), tmp_path/'run', progress=False), data, tmp_path/'run')
+    assert Predictor.load(bundle).codes == sorted({7, *range(100, 140)})
+    assert evaluate(bundle, data, progress=False).f1_weighted.iloc[0] > .5
+
+
+def test_fusing_helps(tmp_path):
+    "On the synthetic catalogue neither part decides alone."
+    from rakuten_mm.synthetic import synthesize
+    data = ingest(synthesize(tmp_path/'raw', 1500, 10, progress=False), tmp_path/'data', progress=False)
+    cfg = preset('smoke')
+    bundle = export(fit(data, cfg, tmp_path/'run', progress=False), data, tmp_path/'run')
+    table = evaluate(bundle, data, fit_references(data, cfg, tmp_path/'refs', progress=False), progress=False).f1_weighted
+    assert table['text + image'] > table[['text-only model', 'image-only model']].max()+.01
+
+
+def test_train_and_serve_see_the_same(data_dir, bundle):
+    "The predictor, given what the seller sent, says what evaluation said of the cleaned row and its stored vector."
+    data,model = Dataset.open(data_dir), Predictor.load(bundle)
+    rows = data.products[data.products.split == 'test'].head(12)
+    stored = model.probs_of(rows, data.images_dir, os.environ['RAKUTEN_MM_ARTIFACTS']+'/embeddings', progress=False)
+    sent = model.probs([model.prepare(r.designation, r.description, (data.images_dir/r.image).read_bytes()) for r in rows.itertuples()])
+    assert np.abs(stored-sent).max() < .02 and (stored.argmax(1) == sent.argmax(1)).all()
+
+
+def test_ids_are_not_features(data_dir, bundle):
+    "Other ids, same answer."
+    data,model = Dataset.open(data_dir), Predictor.load(bundle)
+    rows = data.products.head(8)
+    ask = lambda df: model.probs_of(df, data.images_dir, os.environ['RAKUTEN_MM_ARTIFACTS']+'/embeddings', progress=False)
+    assert (ask(rows) == ask(rows.assign(id=0, productid=1, imageid=2))).all()
+
+
+def test_a_delivery_with_bad_pictures(raw, tmp_path):
+    copy = shutil.copytree(raw, tmp_path/'raw')
+    pics = sorted((copy/'images'/'image_train').iterdir())
+    pics[0].unlink(); pics[1].write_bytes(b''); pics[2].write_bytes(pics[2].read_bytes()[:200])
+    data = ingest(copy, tmp_path/'data', progress=False)
+    assert data.manifest['image_errors'] == {'missing': 1, 'invalid': 2} and data.manifest['rows'] == 500
+    out = tmp_path/'run'
+    assert fit(data, preset('smoke'), out, progress=False).val['f1_weighted'] > 0
+
+
+@pytest.mark.parametrize('change,why', [
+    (lambda y: y.iloc[:-1], '1 listings have no label'),
+    (lambda y: y.assign(prdtypecode='10.0'), 'no whole number in prdtypecode'),
+    (lambda y: pd.concat([y, y.iloc[:1]]), 'more than once')])
+def test_labels_that_do_not_fit(raw, tmp_path, change, why):
+    copy = shutil.copytree(raw, tmp_path/'raw')
+    path = copy/'Y_train_CVw08PX.csv'
+    y = pd.read_csv(path, dtype=str).rename(columns={'Unnamed: 0': ''})
+    change(y).to_csv(path, index=False)
+    with pytest.raises(RawDataError, match=why): ingest(copy, tmp_path/'data', progress=False)
+    assert not (tmp_path/'data'/'CURRENT').exists()
+
+
+def test_help_does_not_wait_for_torch():
+    code = ("import sys\nfrom rakuten_mm.cli import cli\ncli(['--help'], standalone_mode=False)\n"
+            "print([m for m in ('torch', 'pandas', 'mlflow') if m in sys.modules])")
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.rstrip().endswith('[]')
+
+
+def test_predict_answers_every_row(raw, bundle, tmp_path):
+    out = tmp_path/'preds.csv'
+    subprocess.run([sys.executable, '-m', 'rakuten_mm', 'predict', '--bundle', str(bundle), '--products', str(raw/'X_test_update.csv'),
+                    '--images', str(raw/'images'/'image_test'), '--out', str(out)], check=True)
+    x,preds = pd.read_csv(raw/'X_test_update.csv'), pd.read_csv(out)
+    assert list(preds) == ['id', 'prdtypecode', 'probability', 'top_2', 'top_3'] and preds.id.tolist() == x.iloc[:, 0].tolist()
+    assert preds.notna().all(axis=None) and preds.prdtypecode.dtype == int
+
+
+@pytest.mark.skipif(subprocess.run(['unshare', '-rn', 'true'], capture_output=True).returncode != 0, reason='no network namespaces here (unshare -rn)')
+def test_f51_no_network(data_dir, tmp_path):
+    "Training, registering and promoting in a namespace without any network."
+    res = subprocess.run(['unshare', '-rn', sys.executable, '-m', 'rakuten_mm', 'train', str(data_dir), '--preset', 'smoke', '--out', str(tmp_path/'out')],
+                         env=os.environ | dict(RAKUTEN_MM_ARTIFACTS=str(tmp_path/'artifacts')), capture_output=True, text=True)
+    assert res.returncode == 0 and 'promoted: there was no champion' in res.stdout, res.stdout+res.stderr

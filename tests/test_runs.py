@@ -1,0 +1,85 @@
+"Run notebooks, executed as the pipelines execute them."
+import json
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from rakuten_mm.tracking import mlflow_client, tracked_run
+from zenml_pipelines import run_notebook as rn
+from zenml_pipelines.run_notebook import NotebookError, run_notebook
+
+
+def make_notebook(path, *cells, tag=True):
+    "A run notebook with one parameter `x`."
+    params = new_code_cell("x:int = 1\nrun_id:str = ''\nout_dir:str = ''", metadata={'tags': ['parameters']} if tag else {})
+    spec = {'kernelspec': {'name': 'python3', 'language': 'python', 'display_name': 'python3'}}
+    nbformat.write(new_notebook(cells=[params, *(new_code_cell(c) for c in cells)], metadata=spec), path)
+
+
+WRITE = "import json, pathlib\n_ = pathlib.Path(out_dir, 'result.json').write_text(json.dumps(dict(x=x)))"
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    "A folder of run notebooks of the test's own."
+    monkeypatch.setattr(rn, 'RUNS', tmp_path)
+    return tmp_path
+
+
+def test_train_then_evaluate(data_dir, tmp_path):
+    with tracked_run(name='notebooks') as run:
+        res = run_notebook('train', tmp_path/'train', run, data_dir=data_dir, preset='smoke', references=False)
+        scores = run_notebook('evaluate', tmp_path/'evaluate', run, data_dir=data_dir, train_dir=tmp_path/'train')
+    assert res['version'] >= 1 and 0 < scores['test']['f1_weighted'] <= 1
+    client = mlflow_client()
+    assert {a.path for a in client.list_artifacts(run, 'notebooks')} == {f'notebooks/{n}.{s}' for n in ('train', 'evaluate') for s in ('ipynb', 'html')}
+    assert {a.path for a in client.list_artifacts(run, 'evaluation')} == {f'evaluation/{f}' for f in ('scores.csv', 'class_report.csv', 'confusion.png')}
+    logged = client.get_run(run).data
+    assert logged.metrics['test/f1_weighted'] == pytest.approx(scores['test']['f1_weighted'])
+    assert logged.params['seed'] == '42' and {'data_version', 'git_commit'} <= logged.tags.keys()
+
+
+def test_evaluation_refuses_other_data(data_dir, tmp_path):
+    (tmp_path/'result.json').write_text(json.dumps(dict(data_version='0'*16, bundle='', references={})))
+    with pytest.raises(NotebookError, match='was trained on data 0000'): run_notebook('evaluate', tmp_path/'out', data_dir=data_dir, train_dir=tmp_path)
+
+
+def test_f42_unknown_parameter(tmp_path):
+    with pytest.raises(TypeError, match="no parameter persets"): run_notebook('train', tmp_path/'out', persets='smoke')
+    assert not (tmp_path/'out').exists()
+
+
+def test_f42_name_is_code(runs):
+    make_notebook(runs/'n.ipynb', WRITE)
+    with pytest.raises(TypeError): run_notebook('n', runs/'out', **{'x; import os': 1})
+
+
+def test_value_arrives(runs):
+    "A lost tag makes papermill inject above the default: asked for 5, got 1."
+    make_notebook(runs/'n.ipynb', WRITE)
+    assert run_notebook('n', runs/'out', x=5) == {'x': 5}
+
+
+def test_f43_lost_tag_is_refused(runs):
+    make_notebook(runs/'n.ipynb', WRITE, tag=False)
+    with pytest.raises(TypeError, match='no cell tagged `parameters`'): run_notebook('n', runs/'out', x=5)
+
+
+@pytest.mark.parametrize('cell,why', [('raise KeyError("colour")', 'KeyError'), ('import os; os._exit(9)', 'DeadKernel'),
+                                      ('import time; time.sleep(60)', 'Timeout')], ids=['exception', 'dead kernel', 'timeout'])
+def test_f44_notebook_that_does_not_finish(runs, cell, why):
+    "It raises, an older result is not mistaken for its own, and what it got to is kept with the run."
+    make_notebook(runs/'n.ipynb', 'print("got here")', cell, WRITE)
+    (runs/'out').mkdir()
+    (runs/'out'/'result.json').write_text('{"x": "yesterday"}')
+    with tracked_run(name='failing') as run:
+        with pytest.raises(NotebookError, match=why): run_notebook('n', runs/'out', run, timeout_s=10, progress=False)
+    assert not (runs/'out'/'result.json').exists()
+    assert 'got here' in (runs/'out'/'n.html').read_text()
+    assert {a.path for a in mlflow_client().list_artifacts(run, 'notebooks')} == {'notebooks/n.ipynb', 'notebooks/n.html'}
+
+
+def test_f44_notebook_that_forgets_its_result(runs):
+    make_notebook(runs/'n.ipynb', 'pass')
+    with pytest.raises(NotebookError, match='before writing result.json'): run_notebook('n', runs/'out')
