@@ -40,5 +40,14 @@ zenml pipeline run zenml_pipelines.ingestion -c "$config/ingestion.yaml" -s raku
 say "training pipeline"
 zenml pipeline run zenml_pipelines.training -c "$config/training.yaml" -s rakuten_local >&2
 
+python - >&2 <<'PY'
+import json
+from pathlib import Path
+decision = json.loads(max(Path('artifacts/runs').glob('training-*/promote/decision.json'), key=lambda p: p.stat().st_mtime).read_text())
+print(f"\nweighted F1 on the test split of data {decision['data_version']} (grouped: no duplicate of a training listing)")
+for name,f1 in decision['test'].items(): print(f'  {name:32} {f1:.4f}')
+print(f"version {decision['challenger']} {'promoted' if decision['promoted'] else 'not promoted'}: {decision['reason']}")
+PY
+
 say "server and one prediction"
 exec python scripts/serve_once.py --raw "$raw" --data "$data" ${port:+--port "$port"}
