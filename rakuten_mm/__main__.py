@@ -8,5 +8,5 @@ __all__ = []
 # %% ../nbs/lib/22_main.ipynb #bd98df42
 from .cli import main
 
-# %% ../nbs/lib/22_main.ipynb #7c2f9e35
+# %% ../nbs/lib/22_main.ipynb #48e7e41d
 if __name__ == '__main__' and '__file__' in globals(): main()  # a notebook is a `__main__` too, without a file

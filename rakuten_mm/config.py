@@ -37,7 +37,7 @@ class NetworkConfig:
     modality_dropout:float = 0.15 # Chance of hiding the text, and of hiding the picture, of a training listing
     auxiliary:float = 0.5 # Weight of the losses of the text-only and image-only logits
 
-# %% ../nbs/lib/00_config.ipynb #7874f61e
+# %% ../nbs/lib/00_config.ipynb #453f08c0
 @dataclass(frozen=True)
 class FitConfig:
     "Optimisation."
@@ -49,7 +49,7 @@ class FitConfig:
     weight_decay:float = 1e-2 # AdamW weight decay
     n_threads:int = 0 # CPU threads for PyTorch; 0 takes every core this process may use
 
-# %% ../nbs/lib/00_config.ipynb #322a8b6a
+# %% ../nbs/lib/00_config.ipynb #bab2fe81
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that decides a training run besides its data and seed."
@@ -62,7 +62,7 @@ class TrainConfig:
         "What this configuration reads of a listing."
         return [m for m in ('text', 'image') if getattr(self.encoders, m)]
 
-# %% ../nbs/lib/00_config.ipynb #539dd244
+# %% ../nbs/lib/00_config.ipynb #40ae10a4
 def from_dict(
     cls:type, # A dataclass
     d:dict, # Values by field name, nested for nested dataclasses
@@ -73,7 +73,7 @@ def from_dict(
     if unknown: raise TypeError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(known)}")
     return cls(**{k: from_dict(known[k].type, v) if is_dataclass(known[k].type) else v for k,v in d.items()})
 
-# %% ../nbs/lib/00_config.ipynb #9afcdbdd
+# %% ../nbs/lib/00_config.ipynb #57c76ac8
 PRESETS = {
     'cpu': TrainConfig(),
     'cpu-text': TrainConfig(encoders=EncoderConfig(image=None)),
@@ -82,7 +82,7 @@ PRESETS = {
                          network=NetworkConfig(dim=64), fit=FitConfig(max_epochs=4, lr=5e-3)),
 }
 
-# %% ../nbs/lib/00_config.ipynb #f4b46048
+# %% ../nbs/lib/00_config.ipynb #39891380
 def preset(
     name:str # A key of `PRESETS`
 )->TrainConfig:
@@ -90,7 +90,7 @@ def preset(
     if name not in PRESETS: raise ValueError(f"no preset {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
-# %% ../nbs/lib/00_config.ipynb #953aafe1
+# %% ../nbs/lib/00_config.ipynb #c93e3418
 def single_modality(
     cfg:TrainConfig, # Configuration of a fused model
     modality:str, # `text` or `image`, the one to keep
@@ -100,7 +100,7 @@ def single_modality(
     return replace(cfg, encoders=replace(cfg.encoders, **{off: None}),
                    network=replace(cfg.network, modality_dropout=0., auxiliary=0.))
 
-# %% ../nbs/lib/00_config.ipynb #0ceb6cf3
+# %% ../nbs/lib/00_config.ipynb #b82c4751
 QUIET = dict(ZENML_ANALYTICS_OPT_IN='false', MLFLOW_DISABLE_TELEMETRY='true', DO_NOT_TRACK='1', HF_HUB_DISABLE_TELEMETRY='1',
              HF_HUB_DISABLE_PROGRESS_BARS='1', TOKENIZERS_PARALLELISM='false', MLFLOW_ALLOW_PICKLE_DESERIALIZATION='false',
              GIT_PYTHON_REFRESH='quiet')
@@ -118,12 +118,12 @@ def load_environment(
     for k,v in QUIET.items(): os.environ.setdefault(k, v)
     if not use_hub(): os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
-# %% ../nbs/lib/00_config.ipynb #2db486ad
+# %% ../nbs/lib/00_config.ipynb #18f772f8
 def artifacts_dir()->Path:
     "Absolute folder that runs write to."
     return Path(os.environ.get('RAKUTEN_MM_ARTIFACTS', 'artifacts')).resolve()
 
-# %% ../nbs/lib/00_config.ipynb #57e6439b
+# %% ../nbs/lib/00_config.ipynb #78a5f696
 def n_threads(
     requested:int = 0 # 0 asks for every core this process may use
 )->int:

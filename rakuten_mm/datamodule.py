@@ -32,7 +32,7 @@ class ProductDataset(torch.utils.data.Dataset):
         index = {c: i for i,c in enumerate(codes)}
         self.targets = [index[c] for c in rows.prdtypecode]
 
-# %% ../nbs/lib/12_datamodule.ipynb #cb34400b
+# %% ../nbs/lib/12_datamodule.ipynb #abecd1c8
 @patch
 def __len__(self:ProductDataset)->int:
     "Number of listings."
@@ -51,7 +51,7 @@ def __getitem__(self:ProductDataset, i:int)->tuple:
     "(tokens, picture, has_text, has_image, target) of listing `i`."
     return self.tokens[i], self.picture(i) if self.net.image else None, self.has_text[i], bool(self.images[i]), self.targets[i]
 
-# %% ../nbs/lib/12_datamodule.ipynb #c17f8630
+# %% ../nbs/lib/12_datamodule.ipynb #f45a4b38
 def collate(
     net:MultimodalNet,
     items:list[tuple], # From `ProductDataset`
@@ -62,7 +62,7 @@ def collate(
                 image=torch.from_numpy(np.stack(pictures)) if net.image else None,
                 has_text=torch.tensor(has_text), has_image=torch.tensor(has_image), target=torch.tensor(targets))
 
-# %% ../nbs/lib/12_datamodule.ipynb #b1a2f761
+# %% ../nbs/lib/12_datamodule.ipynb #26f2a313
 class ProductDataModule(pl.LightningDataModule):
     "Loaders of the three splits of a dataset."
     def __init__(self,
@@ -79,7 +79,7 @@ class ProductDataModule(pl.LightningDataModule):
         self.num_workers,self.progress,self.splits = num_workers,progress,{}
         self.codes = sorted(int(c) for c in data.products.prdtypecode.unique())
 
-# %% ../nbs/lib/12_datamodule.ipynb #71581028
+# %% ../nbs/lib/12_datamodule.ipynb #7f3682f1
 @patch
 def setup(self:ProductDataModule,
     stage:str|None = None # Ignored: all splits are made at once
@@ -93,7 +93,7 @@ def setup(self:ProductDataModule,
         vectors = dict(zip(names, store.get(names, self.data.images_dir, progress=self.progress)))
     self.splits = {s: ProductDataset(df[df.split == s], self.net, self.codes, self.data.images_dir, vectors) for s in ('train', 'val', 'test')}
 
-# %% ../nbs/lib/12_datamodule.ipynb #14bdf78a
+# %% ../nbs/lib/12_datamodule.ipynb #6ebc1795
 @patch
 def loader(self:ProductDataModule,
     split:str, # `train`, `val` or `test`

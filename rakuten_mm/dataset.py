@@ -85,7 +85,7 @@ def build_manifest(
         description_missing=int(df.text.eq('').sum()), names={str(c): n for c,n in names.items()},
         classes={str(c): int(n) for c,n in df.prdtypecode.value_counts().sort_index().items()})
 
-# %% ../nbs/lib/08_dataset.ipynb #73abdcf0
+# %% ../nbs/lib/08_dataset.ipynb #120b0cc5
 def publish(
     df:pd.DataFrame, # Products
     manifest:dict,
@@ -106,7 +106,7 @@ def publish(
     write_atomic(data_dir/'CURRENT', manifest['version'].encode())
     return dest
 
-# %% ../nbs/lib/08_dataset.ipynb #c687f841
+# %% ../nbs/lib/08_dataset.ipynb #61788d31
 @dataclass
 class Dataset:
     "One published version."
@@ -128,7 +128,7 @@ class Dataset:
             raise ValueError(f'{folder}: products.parquet does not match its manifest; ingest again')
         return cls(pd.read_parquet(folder/'products.parquet'), manifest, data_dir/'images')
 
-# %% ../nbs/lib/08_dataset.ipynb #46479823
+# %% ../nbs/lib/08_dataset.ipynb #6054fd16
 def ingest(
     raw_dir:str|Path, # A delivery in the challenge's format
     data_dir:str|Path, # Receives the dataset

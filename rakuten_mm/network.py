@@ -42,7 +42,7 @@ class FusionHead(nn.Module):
             self.joint = nn.Sequential(nn.Linear(text_dim+dim, dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(dim, n_classes))
             nn.init.zeros_(self.joint[-1].weight); nn.init.zeros_(self.joint[-1].bias)
 
-# %% ../nbs/lib/11_network.ipynb #218e9041
+# %% ../nbs/lib/11_network.ipynb #17c9081b
 @patch
 def forward(self:FusionHead,
     text:Tensor|None, # (B, Dt)
@@ -60,7 +60,7 @@ def forward(self:FusionHead,
     both = self.joint(torch.cat([t, i], 1))*ht*hi if self.text_dim and self.image_dim else none
     return Logits(lt+li+both, lt, li)
 
-# %% ../nbs/lib/11_network.ipynb #a265a59f
+# %% ../nbs/lib/11_network.ipynb #a9ec01dd
 class MultimodalNet(nn.Module):
     "Encoders and fusion head."
     def __init__(self,
@@ -80,7 +80,7 @@ class MultimodalNet(nn.Module):
         if self.image and image.dtype == torch.uint8: image = self.image(image)
         return self.head(text, image, batch['has_text'], batch['has_image'])
 
-# %% ../nbs/lib/11_network.ipynb #5f34daa3
+# %% ../nbs/lib/11_network.ipynb #d150580c
 def build_network(
     cfg:TrainConfig,
     titles:list[str], # Clean titles of the training split

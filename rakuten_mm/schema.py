@@ -52,7 +52,7 @@ def read_listings(
     if len(dup): raise RawDataError(f'{path}: {len(dup)} ids appear more than once, the first is {dup.iloc[0]}')
     return df
 
-# %% ../nbs/lib/02_schema.ipynb #ddb63c1c
+# %% ../nbs/lib/02_schema.ipynb #77d0200d
 def read_labels(
     path:str|Path # A Y file
 )->pd.Series: # prdtypecode by row id
@@ -61,7 +61,7 @@ def read_labels(
     if df.id.duplicated().any(): raise RawDataError(f'{path}: {df.id.duplicated().sum()} ids appear more than once')
     return df.set_index('id').prdtypecode
 
-# %% ../nbs/lib/02_schema.ipynb #d87eb577
+# %% ../nbs/lib/02_schema.ipynb #78500ae3
 def image_name(
     imageid:int,
     productid:int,
@@ -69,7 +69,7 @@ def image_name(
     "File name of a listing's picture."
     return f'image_{imageid}_product_{productid}.jpg'
 
-# %% ../nbs/lib/02_schema.ipynb #9373eb51
+# %% ../nbs/lib/02_schema.ipynb #ee701e79
 def find_one(
     raw_dir:str|Path, # A delivery
     pattern:str, # Glob that must match exactly one file
@@ -79,7 +79,7 @@ def find_one(
     if len(found) != 1: raise RawDataError(f'{raw_dir}: expected one {pattern}, found {[p.name for p in found] or "none"}')
     return found[0]
 
-# %% ../nbs/lib/02_schema.ipynb #a2eb6a0d
+# %% ../nbs/lib/02_schema.ipynb #21431710
 def read_raw(
     raw_dir:str|Path # A delivery in the challenge's format
 )->pd.DataFrame: # Listings with `prdtypecode` and `image_path`
@@ -94,7 +94,7 @@ def read_raw(
     folder = raw_dir/'images'/'image_train'
     return x.assign(prdtypecode=x.id.map(y), image_path=[str(folder/image_name(i, p)) for i,p in zip(x.imageid, x.productid)])
 
-# %% ../nbs/lib/02_schema.ipynb #65fb29f7
+# %% ../nbs/lib/02_schema.ipynb #eb77451c
 def read_names(
     raw_dir:str|Path # A delivery
 )->dict[int, str]: # Display name by code, empty without `classes.csv`

@@ -25,7 +25,7 @@ BOOKS = [
     Category(2705, 'Romans, essais, histoire', 'Literature'),
 ]
 
-# %% ../nbs/lib/01_taxonomy.ipynb #98c820b7
+# %% ../nbs/lib/01_taxonomy.ipynb #4a194830
 ENTERTAINMENT = [
     Category(40, 'Jeux vidéo', 'Video games'),
     Category(50, 'Accessoires de jeux vidéo', 'Gaming accessories'),
@@ -37,7 +37,7 @@ ENTERTAINMENT = [
     Category(2905, 'Jeux PC à télécharger', 'PC game downloads'),
 ]
 
-# %% ../nbs/lib/01_taxonomy.ipynb #375eb1ab
+# %% ../nbs/lib/01_taxonomy.ipynb #354908d9
 CHILD = [
     Category(1280, 'Jouets, peluches, déguisements', 'Toys'),
     Category(1281, 'Jeux de société et éducatifs', 'Board and educational games'),
@@ -47,7 +47,7 @@ CHILD = [
     Category(1320, 'Puériculture', 'Childcare'),
 ]
 
-# %% ../nbs/lib/01_taxonomy.ipynb #ba4ae4e2
+# %% ../nbs/lib/01_taxonomy.ipynb #5c469edb
 HOUSEHOLD = [
     Category(1560, "Mobilier d'intérieur", 'Furniture'),
     Category(1920, 'Linge de maison et coussins', 'Household linen'),
@@ -59,10 +59,10 @@ HOUSEHOLD = [
     Category(2585, 'Outillage et entretien du jardin', 'Garden tools'),
 ]
 
-# %% ../nbs/lib/01_taxonomy.ipynb #63bdd126
+# %% ../nbs/lib/01_taxonomy.ipynb #895934ce
 CATEGORIES = {c.code: c for c in BOOKS+ENTERTAINMENT+CHILD+HOUSEHOLD}
 
-# %% ../nbs/lib/01_taxonomy.ipynb #b6f88f55
+# %% ../nbs/lib/01_taxonomy.ipynb #809ea112
 def category_names(
     codes:list[int], # All the codes of a dataset
     given:dict[int, str]|None = None, # Names that came with the data

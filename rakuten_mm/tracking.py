@@ -97,7 +97,7 @@ def register_bundle(
     client.set_registered_model_alias(MODEL, 'challenger', mv.version)
     return int(mv.version)
 
-# %% ../nbs/lib/17_tracking.ipynb #f996e6f2
+# %% ../nbs/lib/17_tracking.ipynb #33d43434
 def alias_version(
     alias:str # `champion`, `challenger` or `previous`
 )->int|None:
@@ -107,7 +107,7 @@ def alias_version(
         if e.error_code in ('RESOURCE_DOES_NOT_EXIST', 'INVALID_PARAMETER_VALUE'): return None
         raise
 
-# %% ../nbs/lib/17_tracking.ipynb #f5ab5fb6
+# %% ../nbs/lib/17_tracking.ipynb #587fe60a
 def resolve_model(
     uri:str # Folder, `models:/rakuten-mm@alias` or `models:/rakuten-mm/version`
 )->tuple[Path, str]: # Bundle folder and the version's name
