@@ -9,7 +9,7 @@ __all__ = ['COLUMNS', 'prepare_row', 'output_row', 'predict_file']
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pandas as pd, torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .config import n_threads
 from .dataset import write_atomic
 from .image import InvalidImage

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'QUIET', 'EncoderConfig', 'NetworkConfig', 'FitConfig', 'TrainConfig', 'from_dict', 'preset',
-           'single_modality', 'use_hub', 'load_environment', 'artifacts_dir', 'n_threads']
+           'single_modality', 'use_hub', 'load_environment', 'artifacts_dir', 'enter_checkout', 'n_threads']
 
 # %% ../nbs/lib/00_config.ipynb #e9514e8f
 import os
@@ -123,7 +123,15 @@ def artifacts_dir()->Path:
     "Absolute folder that runs write to."
     return Path(os.environ.get('RAKUTEN_MM_ARTIFACTS', 'artifacts')).resolve()
 
-# %% ../nbs/lib/00_config.ipynb #78a5f696
+# %% ../nbs/lib/00_config.ipynb #a11c6688
+def enter_checkout()->Path:
+    "Leave a folder below the checkout's `nbs/` for the top of the checkout; anywhere else, stay."
+    here = Path.cwd()
+    for top in here.parents:
+        if (top/'settings.ini').exists() and (top/'nbs') in (here, *here.parents): os.chdir(top); break
+    return Path.cwd()
+
+# %% ../nbs/lib/00_config.ipynb #54a85c00
 def n_threads(
     requested:int = 0 # 0 asks for every core this process may use
 )->int:

@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .dataset import write_atomic
 from .encoders import ImageEncoder, encoder_fingerprint
 from .image import load_square

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .bundle import load_bundle, seal
 from .embedding import EmbeddingStore, encode_pixels
 from .image import decode_image, to_square

@@ -11,7 +11,7 @@ import colorsys, html, math
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image, ImageDraw
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .schema import image_name
 
 # %% ../nbs/lib/05_synthetic.ipynb #a59866f8

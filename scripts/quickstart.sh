@@ -26,7 +26,8 @@ esac; done
 . "$(dirname "$0")/setup.sh"
 work=artifacts/quickstart
 if [ -z "$raw" ]; then
-    raw=$work/raw-$rows data=$work/data-$rows
+    suffix=''; [ "$rows" = 2000 ] || suffix=-$rows
+    raw=$work/raw$suffix data=$work/data$suffix
     if [ ! -f "$raw/X_train_update.csv" ]; then say "$rows synthetic listings"; rakuten-mm synthesize "$raw" --rows "$rows" >&2; fi
 else data=$work/data-$(basename "$raw"); fi
 
