@@ -26,12 +26,10 @@ def test_export_and_clean_change_nothing(copy):
     assert not changed
 
 
-def test_readme_is_the_index(copy):
-    subprocess.run([sys.executable, 'scripts/build_docs.py', '--check'], cwd=copy, check=True)
-
-
-def test_documentation_builds_offline(copy):
+def test_documentation_and_readme(copy):
+    "Every notebook has its page, and README.md is what nbs/index.ipynb says."
     subprocess.run([sys.executable, 'scripts/build_docs.py'], cwd=copy, check=True, capture_output=True)
+    assert (copy/'README.md').read_text() == (ROOT/'README.md').read_text(), 'run python scripts/build_docs.py --readme'
     pages = {p.relative_to(copy/'_docs').as_posix() for p in (copy/'_docs').rglob('*.html')}
     name = lambda p: (p.stem.split('_', 1)[-1] if p.stem[:1].isdigit() else p.stem)+'.html'
     want = {p.relative_to(ROOT/'nbs').with_name(name(p)).as_posix() for p in NOTEBOOKS}
