@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['APICheckError', 'basic', 'check_auth', 'check_golden', 'check_api']
 
-# %% ../nbs/lib/20_api_check.ipynb #d2c4092e
+# %% ../nbs/lib/20_api_check.ipynb #eafd001f
 import base64, os
 import httpx
 from .predictor import read_golden
 from .tracking import resolve_model
 
-# %% ../nbs/lib/20_api_check.ipynb #57c4518f
+# %% ../nbs/lib/20_api_check.ipynb #8f2f41a2
 class APICheckError(RuntimeError):
     "The server failed a check; the message lists every failure."
 
-# %% ../nbs/lib/20_api_check.ipynb #2a75e4bb
+# %% ../nbs/lib/20_api_check.ipynb #079656a6
 def basic(user:str, password:str)->dict[str, str]:
     "An `Authorization` header for HTTP Basic."
     return {'Authorization': 'Basic '+base64.b64encode(f'{user}:{password}'.encode()).decode()}
@@ -37,7 +37,7 @@ def check_auth(
         elif want == 401 and 'www-authenticate' not in r.headers: failures.append(f'credentials {name}: no WWW-Authenticate header')
     return failures
 
-# %% ../nbs/lib/20_api_check.ipynb #edeaf8df
+# %% ../nbs/lib/20_api_check.ipynb #88103fbf
 def check_golden(
     client:httpx.Client,
     headers:dict[str, str], # Credentials
@@ -56,7 +56,7 @@ def check_golden(
         elif abs(got['probability']-g['probability']) > tolerance: failures.append(f"{name}: probability {got['probability']:.3f} instead of {g['probability']:.3f}")
     return failures
 
-# %% ../nbs/lib/20_api_check.ipynb #8abb94b2
+# %% ../nbs/lib/20_api_check.ipynb #531ca040
 def check_api(
     url:str, # Base address of the server
     model:str = 'models:/rakuten-mm@champion', # What it should be serving

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'prepare_row', 'output_row', 'predict_file']
 
-# %% ../nbs/lib/16b_bulk.ipynb #af31e3fe
+# %% ../nbs/lib/16b_bulk.ipynb #55a9e290
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pandas as pd, torch
@@ -16,7 +16,7 @@ from .image import InvalidImage
 from .predictor import Prediction, Predictor, Prepared
 from .schema import image_name, read_listings
 
-# %% ../nbs/lib/16b_bulk.ipynb #70ef8e22
+# %% ../nbs/lib/16b_bulk.ipynb #11eb9ba9
 def prepare_row(
     model:Predictor,
     row, # designation, description, imageid, productid
@@ -32,7 +32,7 @@ def prepare_row(
     try: return model.prepare(row.designation, row.description), problem
     except ValueError: return Prepared(), 'empty'
 
-# %% ../nbs/lib/16b_bulk.ipynb #e2667652
+# %% ../nbs/lib/16b_bulk.ipynb #00a1a496
 COLUMNS = ['id', 'prdtypecode', 'probability', 'top_2', 'top_3']
 
 def output_row(
@@ -45,7 +45,7 @@ def output_row(
     codes = [t['prdtypecode'] for t in answer.top_k]+[None, None]
     return dict(zip(COLUMNS, (id, codes[0], round(answer.probability, 6), codes[1], codes[2])))
 
-# %% ../nbs/lib/16b_bulk.ipynb #e340aacf
+# %% ../nbs/lib/16b_bulk.ipynb #629497a0
 def predict_file(
     bundle:str, # Folder or `models:/…` address
     products:Path, # CSV in the format of X_test_update.csv

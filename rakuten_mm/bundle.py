@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'BundleError', 'file_hashes', 'seal', 'verify', 'save_bundle', 'load_bundle']
 
-# %% ../nbs/lib/15_bundle.ipynb #62cae4ad
+# %% ../nbs/lib/15_bundle.ipynb #1bfdeba7
 import hashlib, json, os, shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from .config import TrainConfig, from_dict
 from .encoders import HFEncoder, ImageEncoder, NgramEncoder, hf_encoder
 from .network import MultimodalNet
 
-# %% ../nbs/lib/15_bundle.ipynb #c47e9d4d
+# %% ../nbs/lib/15_bundle.ipynb #dc7e9c7f
 class BundleError(ValueError):
     "The bundle is damaged, incomplete or of another format; the message names the file."
 
@@ -33,7 +33,7 @@ def seal(
     folder = Path(folder)
     (folder/'manifest.json').write_text(json.dumps(file_hashes(folder), indent=1))
 
-# %% ../nbs/lib/15_bundle.ipynb #44d050de
+# %% ../nbs/lib/15_bundle.ipynb #4d1ee43d
 def verify(
     folder:str|Path # A bundle
 ):
@@ -46,7 +46,7 @@ def verify(
         if name not in want: raise BundleError(f'{folder}: {name} is not in the manifest')
         if want[name] != have[name]: raise BundleError(f'{folder}: {name} does not match its checksum')
 
-# %% ../nbs/lib/15_bundle.ipynb #2d0cb3ae
+# %% ../nbs/lib/15_bundle.ipynb #547e790f
 FORMAT = 1
 
 def save_bundle(
@@ -70,7 +70,7 @@ def save_bundle(
     shutil.rmtree(dest, ignore_errors=True)
     return stage.rename(dest)
 
-# %% ../nbs/lib/15_bundle.ipynb #66eefed0
+# %% ../nbs/lib/15_bundle.ipynb #2daa3e0b
 def load_bundle(
     folder:str|Path # A sealed bundle
 )->tuple[MultimodalNet, dict]: # Network in evaluation mode, and config.json

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Friendly', 'cli', 'main', 'synthesize', 'ingest', 'train', 'predict', 'serve']
 
-# %% ../nbs/lib/21_cli.ipynb #3a0579dc
+# %% ../nbs/lib/21_cli.ipynb #a611fa1c
 import sys
 from pathlib import Path
 import click
 from . import __version__
 from .config import PRESETS, load_environment
 
-# %% ../nbs/lib/21_cli.ipynb #db19d654
+# %% ../nbs/lib/21_cli.ipynb #4f1eb803
 class Friendly(click.Group):
     "Shows expected errors as one line."
     def invoke(self, ctx):
@@ -29,12 +29,12 @@ def main():
     "Entry point of `rakuten-mm` and of `python -m rakuten_mm`."
     cli(prog_name='rakuten-mm')
 
-# %% ../nbs/lib/21_cli.ipynb #ec600676
+# %% ../nbs/lib/21_cli.ipynb #0a2c6054
 folder = click.Path(file_okay=False, path_type=Path)
 existing = click.Path(exists=True, file_okay=False, path_type=Path)
 file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
-# %% ../nbs/lib/21_cli.ipynb #166383df
+# %% ../nbs/lib/21_cli.ipynb #13921803
 @cli.command()
 @click.argument('raw_dir', type=folder)
 @click.option('--rows', default=2_000, help='Labelled listings.')
@@ -47,7 +47,7 @@ def synthesize(raw_dir, rows, test_rows, seed, image_size):
     synthesize(raw_dir, rows, test_rows, seed, image_size)
     click.echo(f'{rows} labelled and {test_rows} unlabelled listings in {raw_dir}')
 
-# %% ../nbs/lib/21_cli.ipynb #007ae32f
+# %% ../nbs/lib/21_cli.ipynb #ba6cc05b
 @cli.command()
 @click.argument('raw_dir', type=existing)
 @click.argument('data_dir', type=folder)
@@ -59,7 +59,7 @@ def ingest(raw_dir, data_dir, seed):
     errors = ', '.join(f'{n} {k}' for k,n in m['image_errors'].items()) or 'none refused'
     click.echo(f"version {m['version']}: {m['rows']} listings, {m['splits']}, {m['images']} pictures ({errors})")
 
-# %% ../nbs/lib/21_cli.ipynb #894fab70
+# %% ../nbs/lib/21_cli.ipynb #8a437239
 @cli.command()
 @click.argument('data_dir', type=existing)
 @click.option('--out', type=folder, default=Path('artifacts/train'), help='Receives the bundle.')
@@ -83,7 +83,7 @@ def train(data_dir, out, name, seed, references, track):
             decision = promotion.promote(tracking.register_bundle(run, bundle), data)
             click.echo(f"version {decision.challenger} {'promoted' if decision.promoted else 'not promoted'}: {decision.reason}")
 
-# %% ../nbs/lib/21_cli.ipynb #86018ca3
+# %% ../nbs/lib/21_cli.ipynb #6d33883d
 @cli.command()
 @click.option('--bundle', default='models:/rakuten-mm@champion', help='Folder, models:/rakuten-mm@ALIAS or models:/rakuten-mm/VERSION.')
 @click.option('--products', type=file, required=True, help='CSV in the format of X_test_update.csv.')
@@ -96,7 +96,7 @@ def predict(bundle, products, images, out, batch_size):
     n = predict_file(bundle, products, images, out, batch_size)
     click.echo(f"{n['rows']} predictions in {out}: {n['missing']} without a picture, {n['invalid']} with a damaged one, {n['empty']} with nothing to read")
 
-# %% ../nbs/lib/21_cli.ipynb #0f9b367d
+# %% ../nbs/lib/21_cli.ipynb #dc79d067
 @cli.command()
 @click.option('--model', default='models:/rakuten-mm@champion', help='Folder, models:/rakuten-mm@ALIAS or models:/rakuten-mm/VERSION.')
 @click.option('--host', type=click.Choice(['127.0.0.1', '0.0.0.0', '::']), default='127.0.0.1')

@@ -6,13 +6,13 @@
 __all__ = ['PRESETS', 'QUIET', 'EncoderConfig', 'NetworkConfig', 'FitConfig', 'TrainConfig', 'from_dict', 'preset',
            'single_modality', 'use_hub', 'load_environment', 'artifacts_dir', 'enter_checkout', 'n_threads']
 
-# %% ../nbs/lib/00_config.ipynb #e9514e8f
-import os
+# %% ../nbs/lib/00_config.ipynb #19156be6
+import os, warnings
 from dataclasses import dataclass, field, fields, asdict, is_dataclass, replace
 from pathlib import Path
 from dotenv import dotenv_values
 
-# %% ../nbs/lib/00_config.ipynb #bf15bdbe
+# %% ../nbs/lib/00_config.ipynb #1bd4b22b
 @dataclass(frozen=True)
 class EncoderConfig:
     "Which encoders read a listing, and how."
@@ -28,7 +28,7 @@ class EncoderConfig:
     train_image:bool = False # Fine-tune the image encoder; otherwise it runs once per picture
     train_text:bool = False # Fine-tune a transformer; n-grams are always trained
 
-# %% ../nbs/lib/00_config.ipynb #81cc0460
+# %% ../nbs/lib/00_config.ipynb #7874f61e
 @dataclass(frozen=True)
 class NetworkConfig:
     "The fusion head."
@@ -37,7 +37,7 @@ class NetworkConfig:
     modality_dropout:float = 0.15 # Chance of hiding the text, and of hiding the picture, of a training listing
     auxiliary:float = 0.5 # Weight of the losses of the text-only and image-only logits
 
-# %% ../nbs/lib/00_config.ipynb #453f08c0
+# %% ../nbs/lib/00_config.ipynb #322a8b6a
 @dataclass(frozen=True)
 class FitConfig:
     "Optimisation."
@@ -49,7 +49,7 @@ class FitConfig:
     weight_decay:float = 1e-2 # AdamW weight decay
     n_threads:int = 0 # CPU threads for PyTorch; 0 takes every core this process may use
 
-# %% ../nbs/lib/00_config.ipynb #bab2fe81
+# %% ../nbs/lib/00_config.ipynb #1a5b6283
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that decides a training run besides its data and seed."
@@ -62,7 +62,7 @@ class TrainConfig:
         "What this configuration reads of a listing."
         return [m for m in ('text', 'image') if getattr(self.encoders, m)]
 
-# %% ../nbs/lib/00_config.ipynb #40ae10a4
+# %% ../nbs/lib/00_config.ipynb #588e5374
 def from_dict(
     cls:type, # A dataclass
     d:dict, # Values by field name, nested for nested dataclasses
@@ -73,7 +73,7 @@ def from_dict(
     if unknown: raise TypeError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(known)}")
     return cls(**{k: from_dict(known[k].type, v) if is_dataclass(known[k].type) else v for k,v in d.items()})
 
-# %% ../nbs/lib/00_config.ipynb #57c76ac8
+# %% ../nbs/lib/00_config.ipynb #dc5f48e0
 PRESETS = {
     'cpu': TrainConfig(),
     'cpu-text': TrainConfig(encoders=EncoderConfig(image=None)),
@@ -82,7 +82,7 @@ PRESETS = {
                          network=NetworkConfig(dim=64), fit=FitConfig(max_epochs=4, lr=5e-3)),
 }
 
-# %% ../nbs/lib/00_config.ipynb #39891380
+# %% ../nbs/lib/00_config.ipynb #2df2813a
 def preset(
     name:str # A key of `PRESETS`
 )->TrainConfig:
@@ -90,7 +90,7 @@ def preset(
     if name not in PRESETS: raise ValueError(f"no preset {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
-# %% ../nbs/lib/00_config.ipynb #c93e3418
+# %% ../nbs/lib/00_config.ipynb #48d457a5
 def single_modality(
     cfg:TrainConfig, # Configuration of a fused model
     modality:str, # `text` or `image`, the one to keep
@@ -100,7 +100,7 @@ def single_modality(
     return replace(cfg, encoders=replace(cfg.encoders, **{off: None}),
                    network=replace(cfg.network, modality_dropout=0., auxiliary=0.))
 
-# %% ../nbs/lib/00_config.ipynb #b82c4751
+# %% ../nbs/lib/00_config.ipynb #fa00bc58
 QUIET = dict(ZENML_ANALYTICS_OPT_IN='false', MLFLOW_DISABLE_TELEMETRY='true', DO_NOT_TRACK='1', HF_HUB_DISABLE_TELEMETRY='1',
              HF_HUB_DISABLE_PROGRESS_BARS='1', TOKENIZERS_PARALLELISM='false', MLFLOW_ALLOW_PICKLE_DESERIALIZATION='false',
              GIT_PYTHON_REFRESH='quiet')
@@ -117,13 +117,14 @@ def load_environment(
         if v is not None: os.environ.setdefault(k, v)
     for k,v in QUIET.items(): os.environ.setdefault(k, v)
     if not use_hub(): os.environ.setdefault('HF_HUB_OFFLINE', '1')
+    warnings.filterwarnings('ignore', message='IProgress not found')  # plain text bars are what a stored notebook can show
 
-# %% ../nbs/lib/00_config.ipynb #18f772f8
+# %% ../nbs/lib/00_config.ipynb #9d071196
 def artifacts_dir()->Path:
     "Absolute folder that runs write to."
     return Path(os.environ.get('RAKUTEN_MM_ARTIFACTS', 'artifacts')).resolve()
 
-# %% ../nbs/lib/00_config.ipynb #a11c6688
+# %% ../nbs/lib/00_config.ipynb #cf14a5e3
 def enter_checkout()->Path:
     "Leave a folder below the checkout's `nbs/` for the top of the checkout; anywhere else, stay."
     here = Path.cwd()
@@ -131,7 +132,7 @@ def enter_checkout()->Path:
         if (top/'settings.ini').exists() and (top/'nbs') in (here, *here.parents): os.chdir(top); break
     return Path.cwd()
 
-# %% ../nbs/lib/00_config.ipynb #54a85c00
+# %% ../nbs/lib/00_config.ipynb #3dfd27a1
 def n_threads(
     requested:int = 0 # 0 asks for every core this process may use
 )->int:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ProductDataset', 'collate', 'ProductDataModule']
 
-# %% ../nbs/lib/12_datamodule.ipynb #affa89e8
+# %% ../nbs/lib/12_datamodule.ipynb #a9193ea5
 import numpy as np, pandas as pd, torch
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
@@ -15,7 +15,7 @@ from .embedding import EmbeddingStore
 from .image import load_square
 from .network import MultimodalNet
 
-# %% ../nbs/lib/12_datamodule.ipynb #94f9ebf1
+# %% ../nbs/lib/12_datamodule.ipynb #fa25e206
 class ProductDataset(torch.utils.data.Dataset):
     "Listings of one split, ready for `collate`."
     def __init__(self,
@@ -32,7 +32,7 @@ class ProductDataset(torch.utils.data.Dataset):
         index = {c: i for i,c in enumerate(codes)}
         self.targets = [index[c] for c in rows.prdtypecode]
 
-# %% ../nbs/lib/12_datamodule.ipynb #abecd1c8
+# %% ../nbs/lib/12_datamodule.ipynb #cc47f2cd
 @patch
 def __len__(self:ProductDataset)->int:
     "Number of listings."
@@ -51,7 +51,7 @@ def __getitem__(self:ProductDataset, i:int)->tuple:
     "(tokens, picture, has_text, has_image, target) of listing `i`."
     return self.tokens[i], self.picture(i) if self.net.image else None, self.has_text[i], bool(self.images[i]), self.targets[i]
 
-# %% ../nbs/lib/12_datamodule.ipynb #f45a4b38
+# %% ../nbs/lib/12_datamodule.ipynb #f0e4be3b
 def collate(
     net:MultimodalNet,
     items:list[tuple], # From `ProductDataset`
@@ -62,7 +62,7 @@ def collate(
                 image=torch.from_numpy(np.stack(pictures)) if net.image else None,
                 has_text=torch.tensor(has_text), has_image=torch.tensor(has_image), target=torch.tensor(targets))
 
-# %% ../nbs/lib/12_datamodule.ipynb #26f2a313
+# %% ../nbs/lib/12_datamodule.ipynb #c1cbb329
 class ProductDataModule(pl.LightningDataModule):
     "Loaders of the three splits of a dataset."
     def __init__(self,
@@ -79,7 +79,7 @@ class ProductDataModule(pl.LightningDataModule):
         self.num_workers,self.progress,self.splits = num_workers,progress,{}
         self.codes = sorted(int(c) for c in data.products.prdtypecode.unique())
 
-# %% ../nbs/lib/12_datamodule.ipynb #7f3682f1
+# %% ../nbs/lib/12_datamodule.ipynb #051bbf39
 @patch
 def setup(self:ProductDataModule,
     stage:str|None = None # Ignored: all splits are made at once
@@ -93,7 +93,7 @@ def setup(self:ProductDataModule,
         vectors = dict(zip(names, store.get(names, self.data.images_dir, progress=self.progress)))
     self.splits = {s: ProductDataset(df[df.split == s], self.net, self.codes, self.data.images_dir, vectors) for s in ('train', 'val', 'test')}
 
-# %% ../nbs/lib/12_datamodule.ipynb #6ebc1795
+# %% ../nbs/lib/12_datamodule.ipynb #636d5351
 @patch
 def loader(self:ProductDataModule,
     split:str, # `train`, `val` or `test`

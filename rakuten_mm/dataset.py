@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['store_image', 'write_atomic', 'build_products', 'build_manifest', 'publish', 'Dataset', 'ingest']
 
-# %% ../nbs/lib/08_dataset.ipynb #c57dc75d
+# %% ../nbs/lib/08_dataset.ipynb #dc6b7885
 import hashlib, json, os, shutil, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .image import InvalidImage, decode_image
 from .fingerprint import text_key, image_key, duplicate_groups
 from .split import grouped_split, check_no_leak
 
-# %% ../nbs/lib/08_dataset.ipynb #bb1f29d3
+# %% ../nbs/lib/08_dataset.ipynb #093db2ee
 def store_image(
     path:str, # Raw picture
     images_dir:Path, # The store
@@ -36,7 +36,7 @@ def store_image(
     if not dest.exists(): write_atomic(dest, data)
     return out | dict(image=f'{sha[:2]}/{sha}.img', image_key=image_key(im), width=im.width, height=im.height)
 
-# %% ../nbs/lib/08_dataset.ipynb #27e2848d
+# %% ../nbs/lib/08_dataset.ipynb #76febd15
 def write_atomic(
     dest:Path,
     data:bytes,
@@ -50,7 +50,7 @@ def write_atomic(
         os.replace(tmp, dest)
     except BaseException: Path(tmp).unlink(missing_ok=True); raise
 
-# %% ../nbs/lib/08_dataset.ipynb #49d65014
+# %% ../nbs/lib/08_dataset.ipynb #a5d72c4c
 def build_products(
     raw:pd.DataFrame, # From `read_raw`
     images_dir:Path, # The image store
@@ -70,7 +70,7 @@ def build_products(
     check_no_leak(df)
     return df
 
-# %% ../nbs/lib/08_dataset.ipynb #c39a3b7a
+# %% ../nbs/lib/08_dataset.ipynb #4e70d1f7
 def build_manifest(
     df:pd.DataFrame, # Products
     names:dict[int, str], # Display name by code
@@ -85,7 +85,7 @@ def build_manifest(
         description_missing=int(df.text.eq('').sum()), names={str(c): n for c,n in names.items()},
         classes={str(c): int(n) for c,n in df.prdtypecode.value_counts().sort_index().items()})
 
-# %% ../nbs/lib/08_dataset.ipynb #120b0cc5
+# %% ../nbs/lib/08_dataset.ipynb #9dbc3dd6
 def publish(
     df:pd.DataFrame, # Products
     manifest:dict,
@@ -106,7 +106,7 @@ def publish(
     write_atomic(data_dir/'CURRENT', manifest['version'].encode())
     return dest
 
-# %% ../nbs/lib/08_dataset.ipynb #61788d31
+# %% ../nbs/lib/08_dataset.ipynb #11216cd0
 @dataclass
 class Dataset:
     "One published version."
@@ -128,7 +128,7 @@ class Dataset:
             raise ValueError(f'{folder}: products.parquet does not match its manifest; ingest again')
         return cls(pd.read_parquet(folder/'products.parquet'), manifest, data_dir/'images')
 
-# %% ../nbs/lib/08_dataset.ipynb #6054fd16
+# %% ../nbs/lib/08_dataset.ipynb #b980bf05
 def ingest(
     raw_dir:str|Path, # A delivery in the challenge's format
     data_dir:str|Path, # Receives the dataset

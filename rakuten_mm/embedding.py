@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fast_dtype', 'encode_pixels', 'EmbeddingStore']
 
-# %% ../nbs/lib/10_embedding.ipynb #a7dd7615
+# %% ../nbs/lib/10_embedding.ipynb #7f352cb7
 import io
 from fastcore.basics import patch
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ from .dataset import write_atomic
 from .encoders import ImageEncoder, encoder_fingerprint
 from .image import load_square
 
-# %% ../nbs/lib/10_embedding.ipynb #5ea825e0
+# %% ../nbs/lib/10_embedding.ipynb #3df2ee08
 def fast_dtype()->torch.dtype:
     "bfloat16 where the CPU computes in it natively, float32 elsewhere."
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
@@ -31,7 +31,7 @@ def encode_pixels(
     with torch.autocast('cpu', dtype=dtype, enabled=dtype != torch.float32):
         return encoder(torch.from_numpy(pixels)).float().numpy()
 
-# %% ../nbs/lib/10_embedding.ipynb #d725ccc7
+# %% ../nbs/lib/10_embedding.ipynb #7e00c66d
 class EmbeddingStore:
     "Vectors by picture, in one Parquet file per encoder below `root`."
     def __init__(self,
@@ -52,7 +52,7 @@ class EmbeddingStore:
         pq.write_table(t, buf := io.BytesIO())
         write_atomic(self.path, buf.getvalue())
 
-# %% ../nbs/lib/10_embedding.ipynb #30d32792
+# %% ../nbs/lib/10_embedding.ipynb #02ab904a
 @patch
 def get(self:EmbeddingStore,
     names:list[str], # Pictures, as the dataset names them

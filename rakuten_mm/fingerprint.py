@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['text_key', 'image_key', 'duplicate_groups']
 
-# %% ../nbs/lib/06_fingerprint.ipynb #8cd9fa08
+# %% ../nbs/lib/06_fingerprint.ipynb #64739762
 import hashlib, re, unicodedata
 import imagehash, numpy as np, pandas as pd
 from PIL import Image
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-# %% ../nbs/lib/06_fingerprint.ipynb #3fbf0bfd
+# %% ../nbs/lib/06_fingerprint.ipynb #a2265f63
 def text_key(
     title:str, # Clean title
     description:str = '', # Clean description
@@ -21,7 +21,7 @@ def text_key(
     s = unicodedata.normalize('NFKD', f'{title} {description}'.casefold())
     return ' '.join(re.findall(r'[^\W_]+', ''.join(c for c in s if not unicodedata.combining(c))))
 
-# %% ../nbs/lib/06_fingerprint.ipynb #e5dc80e1
+# %% ../nbs/lib/06_fingerprint.ipynb #73c4d606
 def image_key(
     im:Image.Image # RGB
 )->str: # 64 hexadecimal digits
@@ -29,7 +29,7 @@ def image_key(
     if max(hi-lo for lo,hi in im.getextrema()) < 8: return hashlib.sha256(im.tobytes()).hexdigest()
     return str(imagehash.phash(im, hash_size=16))
 
-# %% ../nbs/lib/06_fingerprint.ipynb #32dfdb0d
+# %% ../nbs/lib/06_fingerprint.ipynb #eb491370
 def duplicate_groups(
     *keys:pd.Series, # One series of keys per kind of fingerprint, all of the same length
 )->np.ndarray: # (N,) group numbers, in order of first appearance

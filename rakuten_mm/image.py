@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'MAX_BYTES', 'InvalidImage', 'to_rgb', 'decode_image', 'to_square', 'load_square']
 
-# %% ../nbs/lib/04_image.ipynb #2c36335a
+# %% ../nbs/lib/04_image.ipynb #8783c8ac
 import io, warnings
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# %% ../nbs/lib/04_image.ipynb #3ba8a5c4
+# %% ../nbs/lib/04_image.ipynb #9a4233df
 FORMATS = ['JPEG', 'PNG', 'WEBP', 'GIF', 'BMP']
 MAX_PIXELS = 30_000_000 # a 30 megapixel photo needs 90 MB once decoded
 MAX_BYTES = 10_000_000 # largest encoded picture
@@ -19,7 +19,7 @@ MAX_BYTES = 10_000_000 # largest encoded picture
 class InvalidImage(ValueError):
     "The bytes are no picture that can be used; the message says why."
 
-# %% ../nbs/lib/04_image.ipynb #6f40454b
+# %% ../nbs/lib/04_image.ipynb #1cd58451
 def to_rgb(
     im:Image.Image # Any mode
 )->Image.Image:
@@ -33,7 +33,7 @@ def to_rgb(
         return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
     return im.convert('RGB')
 
-# %% ../nbs/lib/04_image.ipynb #3f7677d5
+# %% ../nbs/lib/04_image.ipynb #2f506bc1
 def decode_image(
     data:bytes, # An encoded picture
     size:int|None = None, # Side in pixels that the caller needs; a larger JPEG is decoded smaller
@@ -54,7 +54,7 @@ def decode_image(
     except UnidentifiedImageError: raise InvalidImage(f"not a picture in one of the formats {', '.join(FORMATS)}") from None
     except Exception as e: raise InvalidImage(f'damaged: {e}') from None
 
-# %% ../nbs/lib/04_image.ipynb #85f3ecbc
+# %% ../nbs/lib/04_image.ipynb #31789fe4
 def to_square(
     im:Image.Image, # RGB
     size:int, # Side in pixels
@@ -63,7 +63,7 @@ def to_square(
     if im.size != (size, size): im = ImageOps.pad(im, (size, size), Image.Resampling.BICUBIC, color='white')
     return np.array(im)
 
-# %% ../nbs/lib/04_image.ipynb #bdff238e
+# %% ../nbs/lib/04_image.ipynb #07ada9bf
 def load_square(
     path:str|Path, # Encoded picture
     size:int, # Side in pixels

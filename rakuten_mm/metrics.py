@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['scores', 'class_report', 'confusion_figure', 'confused_pairs']
 
-# %% ../nbs/lib/13_metrics.ipynb #67a2da05
+# %% ../nbs/lib/13_metrics.ipynb #f8747607
 import numpy as np, pandas as pd
 from sklearn.metrics import classification_report, confusion_matrix, f1_score
 
-# %% ../nbs/lib/13_metrics.ipynb #ca6f12be
+# %% ../nbs/lib/13_metrics.ipynb #c7fd2f1d
 def scores(
     probs:np.ndarray, # (N, K) probabilities
     targets:np.ndarray, # (N,) class indices; -1 for a code the model does not know
@@ -20,7 +20,7 @@ def scores(
     top3 = (np.argsort(-probs, axis=1, kind='stable')[:, :3] == targets[:, None]).any(1)
     return dict(f1_weighted=f1['weighted'], f1_macro=f1['macro'], accuracy=float((preds == targets).mean()), top3_accuracy=float(top3.mean()))
 
-# %% ../nbs/lib/13_metrics.ipynb #49c5c211
+# %% ../nbs/lib/13_metrics.ipynb #e458490f
 def class_report(
     preds:np.ndarray, # (N,) class indices
     targets:np.ndarray, # (N,) class indices
@@ -32,18 +32,19 @@ def class_report(
     df = pd.DataFrame([dict(prdtypecode=c, name=(names or {}).get(c, str(c)), **r[str(c)]) for c in codes])
     return df.rename(columns={'f1-score': 'f1'}).astype({'support': int}).sort_values('f1', ignore_index=True)
 
-# %% ../nbs/lib/13_metrics.ipynb #2e3c9f3b
+# %% ../nbs/lib/13_metrics.ipynb #0a9f489f
 def confusion_figure(
     preds:np.ndarray, # (N,) class indices
     targets:np.ndarray, # (N,) class indices
     codes:list[int],
 ):
     "Row-normalised confusion matrix as a matplotlib figure."
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
     k = len(codes)
     m = confusion_matrix(targets, preds, labels=range(k)).astype(float)
     m /= np.maximum(m.sum(1, keepdims=True), 1)
-    fig = Figure(figsize=(max(4, k*.3), max(4, k*.3)), layout='constrained'); ax = fig.add_subplot()
+    fig,ax = plt.subplots(figsize=(max(4, k*.3), max(4, k*.3)), layout='constrained')
+    plt.close(fig)  # shown when asked for, not twice
     ax.imshow(m, cmap='Blues', vmin=0, vmax=1)
     ax.set(xlabel='predicted', ylabel='true', xticks=range(k), yticks=range(k))
     ax.set_xticklabels(codes, rotation=90, fontsize=7); ax.set_yticklabels(codes, fontsize=7)
@@ -51,7 +52,7 @@ def confusion_figure(
         if i != j: ax.text(j, i, f'{m[i,j]:.2f}'.lstrip('0'), ha='center', va='center', fontsize=6)
     return fig
 
-# %% ../nbs/lib/13_metrics.ipynb #69e34f07
+# %% ../nbs/lib/13_metrics.ipynb #74bb4015
 def confused_pairs(
     preds:np.ndarray, # (N,) class indices
     targets:np.ndarray, # (N,) class indices

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Logits', 'FusionHead', 'MultimodalNet', 'build_network']
 
-# %% ../nbs/lib/11_network.ipynb #e87cffb3
+# %% ../nbs/lib/11_network.ipynb #7caddbb5
 from typing import NamedTuple
 import torch
 from torch import nn, Tensor
@@ -13,14 +13,14 @@ from fastcore.basics import patch
 from .config import TrainConfig, EncoderConfig
 from .encoders import NgramEncoder, ImageEncoder, image_encoder, hf_encoder
 
-# %% ../nbs/lib/11_network.ipynb #5a4fc12a
+# %% ../nbs/lib/11_network.ipynb #b164d97d
 class Logits(NamedTuple):
     "Logits of the fused model and of its parts, each (B, K)."
     fused:Tensor
     text:Tensor
     image:Tensor
 
-# %% ../nbs/lib/11_network.ipynb #0b2c1c35
+# %% ../nbs/lib/11_network.ipynb #b9ae282b
 class FusionHead(nn.Module):
     "Two experts and a joint layer over text vectors (B, Dt) and image vectors (B, Di)."
     def __init__(self,
@@ -42,7 +42,7 @@ class FusionHead(nn.Module):
             self.joint = nn.Sequential(nn.Linear(text_dim+dim, dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(dim, n_classes))
             nn.init.zeros_(self.joint[-1].weight); nn.init.zeros_(self.joint[-1].bias)
 
-# %% ../nbs/lib/11_network.ipynb #17c9081b
+# %% ../nbs/lib/11_network.ipynb #d9f31277
 @patch
 def forward(self:FusionHead,
     text:Tensor|None, # (B, Dt)
@@ -60,7 +60,7 @@ def forward(self:FusionHead,
     both = self.joint(torch.cat([t, i], 1))*ht*hi if self.text_dim and self.image_dim else none
     return Logits(lt+li+both, lt, li)
 
-# %% ../nbs/lib/11_network.ipynb #a9ec01dd
+# %% ../nbs/lib/11_network.ipynb #7ffb7632
 class MultimodalNet(nn.Module):
     "Encoders and fusion head."
     def __init__(self,
@@ -80,7 +80,7 @@ class MultimodalNet(nn.Module):
         if self.image and image.dtype == torch.uint8: image = self.image(image)
         return self.head(text, image, batch['has_text'], batch['has_image'])
 
-# %% ../nbs/lib/11_network.ipynb #d150580c
+# %% ../nbs/lib/11_network.ipynb #8e6285aa
 def build_network(
     cfg:TrainConfig,
     titles:list[str], # Clean titles of the training split

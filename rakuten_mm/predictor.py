@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prepared', 'Prediction', 'Predictor', 'add_golden', 'read_golden']
 
-# %% ../nbs/lib/16_predictor.ipynb #bfff91cc
+# %% ../nbs/lib/16_predictor.ipynb #d58608d7
 import base64, json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from .image import decode_image, to_square
 from .metrics import scores
 from .text import clean_text
 
-# %% ../nbs/lib/16_predictor.ipynb #997da804
+# %% ../nbs/lib/16_predictor.ipynb #47b51f22
 @dataclass
 class Prepared:
     "A listing, cleaned and decoded."
@@ -36,7 +36,7 @@ class Prediction:
     top_k:list[dict] # prdtypecode, label, probability; best first
     modalities:list[str] # Parts of the listing that were used
 
-# %% ../nbs/lib/16_predictor.ipynb #977b0d70
+# %% ../nbs/lib/16_predictor.ipynb #baf897c9
 class Predictor:
     "A bundle, ready to answer."
     def __init__(self,
@@ -54,7 +54,7 @@ class Predictor:
         "The predictor of a bundle; raises `BundleError`."
         return cls(*load_bundle(bundle))
 
-# %% ../nbs/lib/16_predictor.ipynb #c623dc41
+# %% ../nbs/lib/16_predictor.ipynb #abf987b0
 @patch
 def prepare(self:Predictor,
     designation:str = '', # Raw title
@@ -73,7 +73,7 @@ def seen(self:Predictor, p:Prepared)->list[str]: # Subset of `text`, `image`
     has = dict(text=bool(p.title or p.text), image=p.pixels is not None or p.vector is not None)
     return [m for m in self.modalities if has[m]]
 
-# %% ../nbs/lib/16_predictor.ipynb #657bcd04
+# %% ../nbs/lib/16_predictor.ipynb #0cf26405
 @patch
 @torch.inference_mode()
 def probs(self:Predictor,
@@ -93,7 +93,7 @@ def probs(self:Predictor,
         batch['image'] = torch.from_numpy(v)
     return net(batch).fused.softmax(1).numpy()
 
-# %% ../nbs/lib/16_predictor.ipynb #d3c2d387
+# %% ../nbs/lib/16_predictor.ipynb #49b1e147
 @patch
 def predict(self:Predictor,
     items:list[Prepared],
@@ -106,7 +106,7 @@ def predict(self:Predictor,
         out.append(Prediction(**top[0], top_k=top, modalities=self.seen(p)))
     return out
 
-# %% ../nbs/lib/16_predictor.ipynb #73d2c957
+# %% ../nbs/lib/16_predictor.ipynb #d8b369d8
 @patch
 def probs_of(self:Predictor,
     rows:pd.DataFrame, # Columns title, text, image of a dataset
@@ -125,7 +125,7 @@ def probs_of(self:Predictor,
     chunks = [items[i:i+256] for i in range(0, len(items), 256)]
     return np.concatenate([self.probs(c) for c in tqdm(chunks, desc='predict', disable=not progress)])
 
-# %% ../nbs/lib/16_predictor.ipynb #587ecee4
+# %% ../nbs/lib/16_predictor.ipynb #0f720c4a
 @patch
 def score(self:Predictor,
     rows:pd.DataFrame, # Columns title, text, image, prdtypecode
@@ -136,7 +136,7 @@ def score(self:Predictor,
     targets = np.array([index.get(c, -1) for c in rows.prdtypecode])
     return scores(self.probs_of(rows, images_dir, store_dir, use, progress), targets)
 
-# %% ../nbs/lib/16_predictor.ipynb #fcbeab54
+# %% ../nbs/lib/16_predictor.ipynb #0745a2cf
 def add_golden(
     bundle:str|Path,
     rows:pd.DataFrame, # Test rows: designation, description, image, prdtypecode

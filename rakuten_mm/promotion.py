@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Decision', 'decide', 'promote']
 
-# %% ../nbs/lib/19_promotion.ipynb #86dd1b76
+# %% ../nbs/lib/19_promotion.ipynb #d18efc07
 import json
 from dataclasses import asdict, dataclass
 from .config import artifacts_dir
@@ -13,7 +13,7 @@ from .dataset import Dataset
 from .predictor import Predictor
 from .tracking import MODEL, alias_version, log_metrics, mlflow_client, resolve_model
 
-# %% ../nbs/lib/19_promotion.ipynb #b7663ff2
+# %% ../nbs/lib/19_promotion.ipynb #4b50088b
 @dataclass
 class Decision:
     "Whether a challenger was promoted, and why."
@@ -25,7 +25,7 @@ class Decision:
     champion_f1:float|None
     data_version:str # Dataset whose test split was used
 
-# %% ../nbs/lib/19_promotion.ipynb #9a22919c
+# %% ../nbs/lib/19_promotion.ipynb #8f293f1f
 def decide(
     challenger_f1:float,
     champion_f1:float|None, # None when there is no champion
@@ -35,7 +35,7 @@ def decide(
     if challenger_f1 > champion_f1: return True, f'weighted F1 {challenger_f1:.4f} is above the champion\'s {champion_f1:.4f}'
     return False, f'weighted F1 {challenger_f1:.4f} is not above the champion\'s {champion_f1:.4f}'
 
-# %% ../nbs/lib/19_promotion.ipynb #effa0153
+# %% ../nbs/lib/19_promotion.ipynb #b946cf13
 def promote(
     version:int, # Registered challenger
     data:Dataset, # Its test split judges

@@ -6,15 +6,15 @@
 __all__ = ['X_COLUMNS', 'RawDataError', 'read_csv', 'to_integers', 'read_listings', 'read_labels', 'image_name', 'find_one',
            'read_raw', 'read_names']
 
-# %% ../nbs/lib/02_schema.ipynb #655c2c88
+# %% ../nbs/lib/02_schema.ipynb #5190732f
 import pandas as pd
 from pathlib import Path
 
-# %% ../nbs/lib/02_schema.ipynb #1cbb59f5
+# %% ../nbs/lib/02_schema.ipynb #50225c40
 class RawDataError(ValueError):
     "The raw files cannot be used as they are; the message says what to do."
 
-# %% ../nbs/lib/02_schema.ipynb #467bb636
+# %% ../nbs/lib/02_schema.ipynb #faaedfa3
 def read_csv(
     path:str|Path, # UTF-8 file, byte order mark allowed
     columns:list[str], # Columns that must be there besides the unnamed id column
@@ -28,7 +28,7 @@ def read_csv(
     if missing: raise RawDataError(f"{path}: no column {', '.join(missing)}; found {', '.join(df.columns)}")
     return df[['id', *columns]]
 
-# %% ../nbs/lib/02_schema.ipynb #58147fef
+# %% ../nbs/lib/02_schema.ipynb #bcc9ce18
 def to_integers(
     df:pd.DataFrame, # Strings
     columns:list[str], # Columns to convert
@@ -40,7 +40,7 @@ def to_integers(
         if len(bad): raise RawDataError(f'{path}: {len(bad)} rows have no whole number in {c}, the first is record {bad[0]+1}: {df[c][bad[0]]!r}')
     return df.astype({c: 'int64' for c in columns})
 
-# %% ../nbs/lib/02_schema.ipynb #7517af24
+# %% ../nbs/lib/02_schema.ipynb #5133dea9
 X_COLUMNS = ['designation', 'description', 'productid', 'imageid']
 
 def read_listings(
@@ -52,7 +52,7 @@ def read_listings(
     if len(dup): raise RawDataError(f'{path}: {len(dup)} ids appear more than once, the first is {dup.iloc[0]}')
     return df
 
-# %% ../nbs/lib/02_schema.ipynb #77d0200d
+# %% ../nbs/lib/02_schema.ipynb #1a5319a5
 def read_labels(
     path:str|Path # A Y file
 )->pd.Series: # prdtypecode by row id
@@ -61,7 +61,7 @@ def read_labels(
     if df.id.duplicated().any(): raise RawDataError(f'{path}: {df.id.duplicated().sum()} ids appear more than once')
     return df.set_index('id').prdtypecode
 
-# %% ../nbs/lib/02_schema.ipynb #78500ae3
+# %% ../nbs/lib/02_schema.ipynb #526d3722
 def image_name(
     imageid:int,
     productid:int,
@@ -69,7 +69,7 @@ def image_name(
     "File name of a listing's picture."
     return f'image_{imageid}_product_{productid}.jpg'
 
-# %% ../nbs/lib/02_schema.ipynb #ee701e79
+# %% ../nbs/lib/02_schema.ipynb #95a11a18
 def find_one(
     raw_dir:str|Path, # A delivery
     pattern:str, # Glob that must match exactly one file
@@ -79,7 +79,7 @@ def find_one(
     if len(found) != 1: raise RawDataError(f'{raw_dir}: expected one {pattern}, found {[p.name for p in found] or "none"}')
     return found[0]
 
-# %% ../nbs/lib/02_schema.ipynb #21431710
+# %% ../nbs/lib/02_schema.ipynb #b37a386d
 def read_raw(
     raw_dir:str|Path # A delivery in the challenge's format
 )->pd.DataFrame: # Listings with `prdtypecode` and `image_path`
@@ -94,7 +94,7 @@ def read_raw(
     folder = raw_dir/'images'/'image_train'
     return x.assign(prdtypecode=x.id.map(y), image_path=[str(folder/image_name(i, p)) for i,p in zip(x.imageid, x.productid)])
 
-# %% ../nbs/lib/02_schema.ipynb #eb77451c
+# %% ../nbs/lib/02_schema.ipynb #a657e098
 def read_names(
     raw_dir:str|Path # A delivery
 )->dict[int, str]: # Display name by code, empty without `classes.csv`

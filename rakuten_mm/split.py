@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['group_position', 'grouped_split', 'check_no_leak']
 
-# %% ../nbs/lib/07_split.ipynb #af9a18fc
+# %% ../nbs/lib/07_split.ipynb #3d437887
 import hashlib
 import numpy as np, pandas as pd
 
-# %% ../nbs/lib/07_split.ipynb #b5128693
+# %% ../nbs/lib/07_split.ipynb #281e9000
 def group_position(
     productid:int, # Smallest product id of the group
     seed:int = 42,
@@ -17,7 +17,7 @@ def group_position(
     "A reproducible position in [0, 1)."
     return int.from_bytes(hashlib.sha256(f'{seed}/{productid}'.encode()).digest()[:8])/2**64
 
-# %% ../nbs/lib/07_split.ipynb #acd4fd48
+# %% ../nbs/lib/07_split.ipynb #8d9ee857
 def grouped_split(
     df:pd.DataFrame, # Columns productid, group, prdtypecode
     test:float = .15, # Share of each class's rows for the test split
@@ -37,7 +37,7 @@ def grouped_split(
                            ['train', 'test', 'val'], 'train')
     return df.group.map(g.split)
 
-# %% ../nbs/lib/07_split.ipynb #7ceca18d
+# %% ../nbs/lib/07_split.ipynb #a34882d1
 def check_no_leak(
     df:pd.DataFrame # Columns group, split
 ):

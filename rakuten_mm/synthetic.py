@@ -6,7 +6,7 @@
 __all__ = ['CLASSES', 'FILLER', 'ENGLISH', 'BRANDS', 'CONFUSED', 'class_weights', 'make_title', 'codes_of', 'make_description',
            'damage', 'polygon', 'make_picture', 'make_rows', 'synthesize', 'write_pictures']
 
-# %% ../nbs/lib/05_synthetic.ipynb #2769ee3a
+# %% ../nbs/lib/05_synthetic.ipynb #5f50deee
 import colorsys, html, math
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 from .schema import image_name
 
-# %% ../nbs/lib/05_synthetic.ipynb #a59866f8
+# %% ../nbs/lib/05_synthetic.ipynb #651156f1
 CLASSES = {
     10: (3116, 89, 'livre tome édition broché poche histoire guide relié technique littérature'),
     2280: (4760, 94, 'revue magazine journal numéro hebdomadaire mensuel presse parution gazette'),
@@ -31,7 +31,7 @@ CLASSES = {
     2905: (872, 0, 'téléchargement pc steam clé simulateur windows code dlc'),
 }
 
-# %% ../nbs/lib/05_synthetic.ipynb #ce1dfe8f
+# %% ../nbs/lib/05_synthetic.ipynb #22a38564
 CLASSES |= {
     1280: (4870, 22, 'jouet peluche déguisement poupée puzzle figurine enfant voiture'),
     1281: (2070, 24, 'jeu société éducatif cartes plateau enfant dés mémoire'),
@@ -50,14 +50,14 @@ CLASSES |= {
 }
 assert len(CLASSES) == 27
 
-# %% ../nbs/lib/05_synthetic.ipynb #ce77c3cb
+# %% ../nbs/lib/05_synthetic.ipynb #720a5c3b
 FILLER = ('neuf qualité original rouge noir blanc bleu grand petit modèle lot 2 3 10 cm marque haute livraison '
           'gratuite universel pour avec sans idéal cadeau maison extérieur accessoire nouveau pièces set kit').split()
 ENGLISH = 'new high quality original for with outdoor home gift set black white large small portable free shipping'.split()
 BRANDS = [a+b for a in ('Nor', 'Val', 'Tek', 'Mio', 'Bel', 'Kor', 'Zen') for b in ('dia', 'mont', 'lux', 'tec', 'vie', 'san')]
 CONFUSED = {2705: 10, 10: 2705, 1280: 1281, 1281: 1280, 2403: 2280, 2280: 2403, 1302: 1280, 2462: 40, 40: 2462, 1560: 2582, 2582: 1560}
 
-# %% ../nbs/lib/05_synthetic.ipynb #598173d6
+# %% ../nbs/lib/05_synthetic.ipynb #a27bfa43
 def class_weights(
     t:float # Position on the time axis, in [0, 1)
 )->np.ndarray: # (27,) probabilities, in the order of `CLASSES`
@@ -66,7 +66,7 @@ def class_weights(
     for code,factor in {2280: 1.8*(1-t), 60: .3+2*t, 2905: 0. if t < .33 else 1.5}.items(): w[list(CLASSES).index(code)] *= factor
     return w/w.sum()
 
-# %% ../nbs/lib/05_synthetic.ipynb #61875e4c
+# %% ../nbs/lib/05_synthetic.ipynb #c8fa8821
 def make_title(
     rng:np.random.Generator,
     code:int,
@@ -93,7 +93,7 @@ def make_description(
     says = [' '.join(rng.choice([*FILLER, *rng.choice(words, 1)], rng.integers(5, 15))) for _ in range(rng.integers(1, 7))]
     return '. '.join(s.capitalize() for s in says)
 
-# %% ../nbs/lib/05_synthetic.ipynb #59ce522f
+# %% ../nbs/lib/05_synthetic.ipynb #df1bfd71
 def damage(
     rng:np.random.Generator,
     s:str,
@@ -107,7 +107,7 @@ def damage(
     if kind == 'lost': s = ''.join('¿' if ord(c) > 127 else c for c in s)
     return s,kind
 
-# %% ../nbs/lib/05_synthetic.ipynb #d5b6cade
+# %% ../nbs/lib/05_synthetic.ipynb #585c9b12
 def polygon(
     kind:int, # 0 to 8
     angle:float, # Radians
@@ -119,7 +119,7 @@ def polygon(
     step = 2*math.pi/len(radii)
     return [(r*math.cos(angle+i*step), r*math.sin(angle+i*step)) for i,r in enumerate(radii)]
 
-# %% ../nbs/lib/05_synthetic.ipynb #208bb197
+# %% ../nbs/lib/05_synthetic.ipynb #b9d47758
 def make_picture(
     rng:np.random.Generator,
     code:int,
@@ -138,7 +138,7 @@ def make_picture(
     canvas.paste(im, ((size-w)//2, (size-h)//2))
     return canvas
 
-# %% ../nbs/lib/05_synthetic.ipynb #d3c9ed7a
+# %% ../nbs/lib/05_synthetic.ipynb #8f252036
 def make_rows(
     n:int, # Number of listings
     rng:np.random.Generator,
@@ -163,7 +163,7 @@ def make_rows(
         last[true] = i
     return pd.DataFrame(rows)
 
-# %% ../nbs/lib/05_synthetic.ipynb #e4404a09
+# %% ../nbs/lib/05_synthetic.ipynb #8de1415d
 def synthesize(
     raw_dir:str|Path, # Folder to write; it must not hold a delivery already
     n:int = 2_000, # Labelled listings
@@ -185,7 +185,7 @@ def synthesize(
         df.loc[part, cols].rename(columns={'id': ''}).to_csv(raw_dir/f'{name}.csv', index=False)
     return raw_dir
 
-# %% ../nbs/lib/05_synthetic.ipynb #6bbca2d7
+# %% ../nbs/lib/05_synthetic.ipynb #fe663ec4
 def write_pictures(
     df:pd.DataFrame, # From `make_rows`, with a column `part`
     raw_dir:Path,

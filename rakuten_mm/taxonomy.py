@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BOOKS', 'ENTERTAINMENT', 'CHILD', 'HOUSEHOLD', 'CATEGORIES', 'Category', 'category_names']
 
-# %% ../nbs/lib/01_taxonomy.ipynb #313b75b1
+# %% ../nbs/lib/01_taxonomy.ipynb #8ef605bd
 from dataclasses import dataclass
 
-# %% ../nbs/lib/01_taxonomy.ipynb #3b97d8eb
+# %% ../nbs/lib/01_taxonomy.ipynb #42e93028
 @dataclass(frozen=True)
 class Category:
     "One `prdtypecode` and its display names."
@@ -16,7 +16,7 @@ class Category:
     fr:str # French name
     en:str # English name
 
-# %% ../nbs/lib/01_taxonomy.ipynb #5e82102f
+# %% ../nbs/lib/01_taxonomy.ipynb #9740d4e4
 BOOKS = [
     Category(10, 'Livres', 'Books'),
     Category(2280, 'Journaux, revues et magazines', 'Magazines'),
@@ -25,7 +25,7 @@ BOOKS = [
     Category(2705, 'Romans, essais, histoire', 'Literature'),
 ]
 
-# %% ../nbs/lib/01_taxonomy.ipynb #4a194830
+# %% ../nbs/lib/01_taxonomy.ipynb #ab7856bd
 ENTERTAINMENT = [
     Category(40, 'Jeux vidéo', 'Video games'),
     Category(50, 'Accessoires de jeux vidéo', 'Gaming accessories'),
@@ -37,7 +37,7 @@ ENTERTAINMENT = [
     Category(2905, 'Jeux PC à télécharger', 'PC game downloads'),
 ]
 
-# %% ../nbs/lib/01_taxonomy.ipynb #354908d9
+# %% ../nbs/lib/01_taxonomy.ipynb #b848d231
 CHILD = [
     Category(1280, 'Jouets, peluches, déguisements', 'Toys'),
     Category(1281, 'Jeux de société et éducatifs', 'Board and educational games'),
@@ -47,7 +47,7 @@ CHILD = [
     Category(1320, 'Puériculture', 'Childcare'),
 ]
 
-# %% ../nbs/lib/01_taxonomy.ipynb #5c469edb
+# %% ../nbs/lib/01_taxonomy.ipynb #0027e72c
 HOUSEHOLD = [
     Category(1560, "Mobilier d'intérieur", 'Furniture'),
     Category(1920, 'Linge de maison et coussins', 'Household linen'),
@@ -59,10 +59,10 @@ HOUSEHOLD = [
     Category(2585, 'Outillage et entretien du jardin', 'Garden tools'),
 ]
 
-# %% ../nbs/lib/01_taxonomy.ipynb #895934ce
+# %% ../nbs/lib/01_taxonomy.ipynb #fd4679ed
 CATEGORIES = {c.code: c for c in BOOKS+ENTERTAINMENT+CHILD+HOUSEHOLD}
 
-# %% ../nbs/lib/01_taxonomy.ipynb #809ea112
+# %% ../nbs/lib/01_taxonomy.ipynb #d6aea62b
 def category_names(
     codes:list[int], # All the codes of a dataset
     given:dict[int, str]|None = None, # Names that came with the data

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['strip_tags', 'clean_text']
 
-# %% ../nbs/lib/03_text.ipynb #e9c678de
+# %% ../nbs/lib/03_text.ipynb #e7dc04f2
 import html, re
 import ftfy
 from selectolax.lexbor import LexborHTMLParser
 
-# %% ../nbs/lib/03_text.ipynb #df292747
+# %% ../nbs/lib/03_text.ipynb #10ae1850
 _JUNK = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\ud800-\udfff]')
 _TAG = re.compile(r'<[a-zA-Z/!][^<>]*>')
 
@@ -22,7 +22,7 @@ def strip_tags(
     body = LexborHTMLParser(s).body
     return body.text(separator=' ') if body else ''
 
-# %% ../nbs/lib/03_text.ipynb #743c935d
+# %% ../nbs/lib/03_text.ipynb #ab9e760c
 def clean_text(
     s:str, # Raw title or description
     max_chars:int = 20_000, # Longer input is cut before any work is done on it

@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENT', 'MODEL', 'tracking_uri', 'mlflow_client', 'tracked_run', 'git_commit', 'flatten', 'log_provenance',
            'log_metrics', 'register_bundle', 'alias_version', 'resolve_model']
 
-# %% ../nbs/lib/17_tracking.ipynb #fadf5864
+# %% ../nbs/lib/17_tracking.ipynb #0fe71fcf
 import json, os, shutil, subprocess
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from .bundle import verify
 from .config import TrainConfig, artifacts_dir
 
-# %% ../nbs/lib/17_tracking.ipynb #e9352cf0
+# %% ../nbs/lib/17_tracking.ipynb #520be9e5
 EXPERIMENT = MODEL = 'rakuten-mm'
 
 def tracking_uri()->str:
@@ -37,7 +37,7 @@ def mlflow_client()->MlflowClient:
             if e.error_code != 'RESOURCE_ALREADY_EXISTS': raise
     return client
 
-# %% ../nbs/lib/17_tracking.ipynb #12ddedec
+# %% ../nbs/lib/17_tracking.ipynb #20c74771
 @contextmanager
 def tracked_run(
     run_id:str = '', # A run that somebody else owns; empty makes one
@@ -53,7 +53,7 @@ def tracked_run(
     try: yield run; status = 'FINISHED'
     finally: client.set_terminated(run, status)
 
-# %% ../nbs/lib/17_tracking.ipynb #3fc6cea7
+# %% ../nbs/lib/17_tracking.ipynb #48bcdec0
 def git_commit()->str:
     "Commit of the working tree, with `+` if it has changes; `unknown` outside a checkout."
     git = lambda *a: subprocess.run(['git', *a], capture_output=True, text=True, cwd=Path(__file__).parent if '__file__' in globals() else None)
@@ -76,7 +76,7 @@ def log_provenance(
     for k,v in (flatten(asdict(cfg)) | dict(seed=seed)).items(): client.log_param(run_id, k, v)
     client.set_tag(run_id, 'data_version', data_version); client.set_tag(run_id, 'git_commit', git_commit())
 
-# %% ../nbs/lib/17_tracking.ipynb #cd7f2c27
+# %% ../nbs/lib/17_tracking.ipynb #abe985b1
 def log_metrics(run_id:str, metrics:dict[str, float], prefix:str = ''):
     "Log `metrics` under `prefix`."
     client = mlflow_client()
@@ -97,7 +97,7 @@ def register_bundle(
     client.set_registered_model_alias(MODEL, 'challenger', mv.version)
     return int(mv.version)
 
-# %% ../nbs/lib/17_tracking.ipynb #33d43434
+# %% ../nbs/lib/17_tracking.ipynb #0abdde82
 def alias_version(
     alias:str # `champion`, `challenger` or `previous`
 )->int|None:
@@ -107,7 +107,7 @@ def alias_version(
         if e.error_code in ('RESOURCE_DOES_NOT_EXIST', 'INVALID_PARAMETER_VALUE'): return None
         raise
 
-# %% ../nbs/lib/17_tracking.ipynb #587fe60a
+# %% ../nbs/lib/17_tracking.ipynb #3df86a26
 def resolve_model(
     uri:str # Folder, `models:/rakuten-mm@alias` or `models:/rakuten-mm/version`
 )->tuple[Path, str]: # Bundle folder and the version's name

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Fitted', 'LentRunLogger', 'make_trainer', 'best_epoch', 'fit', 'export', 'fit_references', 'evaluate']
 
-# %% ../nbs/lib/18_training.ipynb #206c1d04
+# %% ../nbs/lib/18_training.ipynb #a58511de
 import logging, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from .network import MultimodalNet, build_network
 from .predictor import Predictor, add_golden
 from .tracking import EXPERIMENT, git_commit, log_metrics, log_provenance, tracked_run, tracking_uri
 
-# %% ../nbs/lib/18_training.ipynb #9fbb3e20
+# %% ../nbs/lib/18_training.ipynb #31e997a2
 @dataclass
 class Fitted:
     "A trained network and how it got there."
@@ -33,7 +33,7 @@ class Fitted:
     val:dict[str, float] # Best validation scores
     seconds:float # Wall time, embedding included
 
-# %% ../nbs/lib/18_training.ipynb #0465cdf1
+# %% ../nbs/lib/18_training.ipynb #67f9d00c
 class LentRunLogger(MLFlowLogger):
     "Logs to a run that belongs to somebody else, and does not end it."
     def finalize(self, status:str = 'success'): pass
@@ -56,7 +56,7 @@ def make_trainer(
     return pl.Trainer(max_epochs=cfg.fit.max_epochs, accelerator='auto', devices=1, logger=loggers, callbacks=callbacks, default_root_dir=out_dir,
                       enable_progress_bar=progress, enable_model_summary=False, log_every_n_steps=1, num_sanity_val_steps=0)
 
-# %% ../nbs/lib/18_training.ipynb #913233cd
+# %% ../nbs/lib/18_training.ipynb #cce30add
 def best_epoch(
     model:ProductClassifier,
     checkpoint:str, # File of the best epoch
@@ -68,7 +68,7 @@ def best_epoch(
     top = history.loc[history['val/f1_weighted'].idxmax()]
     return history, {k.removeprefix('val/'): float(top[k]) for k in history if k.startswith('val/')}
 
-# %% ../nbs/lib/18_training.ipynb #6223ef9c
+# %% ../nbs/lib/18_training.ipynb #c87f9aec
 def fit(
     data:Dataset,
     cfg:TrainConfig,
@@ -92,7 +92,7 @@ def fit(
     history,val = best_epoch(model, trainer.checkpoint_callback.best_model_path, out_dir)
     return Fitted(net.cpu().eval(), codes, {int(c): n for c,n in data.manifest['names'].items()}, history, val, time.perf_counter()-start)
 
-# %% ../nbs/lib/18_training.ipynb #3ed0aa94
+# %% ../nbs/lib/18_training.ipynb #1ddcf673
 def export(
     fitted:Fitted,
     data:Dataset,
@@ -108,7 +108,7 @@ def export(
     add_golden(bundle, test[usable], data.images_dir)
     return bundle
 
-# %% ../nbs/lib/18_training.ipynb #e3a51ced
+# %% ../nbs/lib/18_training.ipynb #60ecfadb
 def fit_references(
     data:Dataset,
     cfg:TrainConfig, # Of the fused model
@@ -127,7 +127,7 @@ def fit_references(
                 out[m] = export(fit(data, single_modality(cfg, m), folder, seed, child, progress), data, folder, seed)
     return out
 
-# %% ../nbs/lib/18_training.ipynb #02dda266
+# %% ../nbs/lib/18_training.ipynb #ee4904c6
 def evaluate(
     bundle:str|Path,
     data:Dataset,

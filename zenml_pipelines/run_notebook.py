@@ -6,9 +6,11 @@ from pathlib import Path
 import nbformat
 import papermill as pm
 from nbconvert import HTMLExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.exceptions import PapermillExecutionError
 
 RUNS = Path(__file__).parents[1]/'nbs'/'runs'
+STYLE = '<style>[data-mime-type="application/vnd.jupyter.stderr"] {background: none !important; color: gray}</style>'
 
 
 class NotebookError(RuntimeError):
@@ -39,8 +41,9 @@ def keep(
     "Render the executed notebook, whole or not, as HTML, and store both with the run."
     nb = out_dir/f'{name}.ipynb'
     if not nb.exists(): return
-    html,_ = HTMLExporter().from_filename(str(nb))
-    nb.with_suffix('.html').write_text(html, encoding='utf-8')
+    # Progress bars rewrite their line on stderr: keep the last state of each, and do not colour it like an error.
+    html,_ = HTMLExporter(preprocessors=[CoalesceStreamsPreprocessor(enabled=True)]).from_filename(str(nb))
+    nb.with_suffix('.html').write_text(html.replace('</head>', f'{STYLE}</head>', 1), encoding='utf-8')
     if run_id:
         from rakuten_mm.tracking import mlflow_client
         for p in (nb, nb.with_suffix('.html')): mlflow_client().log_artifact(run_id, str(p), 'notebooks')
