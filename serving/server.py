@@ -8,10 +8,10 @@ import litserve as ls
 
 from rakuten_mm.bundle import BundleError
 from rakuten_mm.config import load_environment
-from serving import errors
+from serving import docs, errors
 from serving.api import ProductAPI
 from serving.auth import BasicAuth, MissingPassword
-from serving.schema import MAX_BODY, ErrorBody
+from serving.schema import MAX_BODY
 
 CHAMPION = 'models:/rakuten-mm@champion'
 
@@ -29,25 +29,9 @@ def make_server(
     server = ls.LitServer([api], accelerator='cpu', devices=1, workers_per_device=1, timeout=timeout_s, max_payload_size=MAX_BODY)
     server.app.title,server.app.version = 'rakuten-mm', version
     server.app.description = 'File a listing under a category, from its title, its description and its picture.'
-    describe_errors(server.app)
+    docs.install(server.app)
     errors.install(server.app)
     return server
-
-
-def describe_errors(app):
-    "Document the error body under every path that may answer with it."
-    plain = app.openapi
-    def openapi():
-        schema = plain()
-        schema['components']['schemas'] |= {k: v for k,v in ErrorBody.model_json_schema(
-            ref_template='#/components/schemas/{model}').pop('$defs').items()}
-        schema['components']['schemas']['ErrorBody'] = {k: v for k,v in ErrorBody.model_json_schema(
-            ref_template='#/components/schemas/{model}').items() if k != '$defs'}
-        body = {'content': {'application/json': {'schema': {'$ref': '#/components/schemas/ErrorBody'}}}}
-        what = {'401': 'Wrong or missing credentials', '413': 'Larger than the limit', '422': 'A listing that cannot be classified'}
-        schema['paths']['/predict']['post']['responses'] |= {k: {'description': v, **body} for k,v in what.items()}
-        return schema
-    app.openapi = openapi
 
 
 def serve(

@@ -62,7 +62,10 @@ def test_golden_over_http(http, bundle):
 def test_open_and_closed_pages(server):
     assert httpx.get(f'{server}/health').text == 'ok'
     schema = httpx.get(f'{server}/openapi.json').json()
-    assert httpx.get(f'{server}/docs').status_code == 200
+    page = httpx.get(f'{server}/docs').text
+    assert 'http' not in page.replace('http-equiv', '')  # nothing is loaded from elsewhere
+    for asset in ('/static-docs/swagger-ui-bundle.js', '/static-docs/swagger-ui.css'):
+        assert asset in page and httpx.get(server+asset).status_code == 200
     assert {'200', '401', '413', '422'} <= schema['paths']['/predict']['post']['responses'].keys()
     assert 'ErrorBody' in schema['components']['schemas'] and 'designation' in schema['components']['schemas']['PredictRequest']['properties']
 
