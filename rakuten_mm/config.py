@@ -136,5 +136,5 @@ def enter_checkout()->Path:
 def n_threads(
     requested:int = 0 # 0 asks for every core this process may use
 )->int:
-    "Threads to give PyTorch: `requested`, or the cores of this process's affinity mask."
-    return requested or len(os.sched_getaffinity(0))
+    "Threads to give PyTorch: `requested`, or the cores it may use where the system tells, else all."
+    return requested or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())

@@ -10,7 +10,7 @@ say() { printf '\n== %s\n' "$*" >&2; }
 
 PYTHON=${PYTHON:-python3.11}
 command -v "$PYTHON" >/dev/null || { echo "Python 3.11 is needed (looked for $PYTHON; set PYTHON to another name)" >&2; exit 1; }
-stamp=$(cat settings.ini setup.py pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)
+stamp=$(cat settings.ini setup.py pyproject.toml constraints.txt | "$PYTHON" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
 if [ "$(cat .venv/.installed 2>/dev/null)" != "$stamp" ]; then
     say "installing into .venv (a few minutes, about 6 GB)"
     [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv

@@ -27,10 +27,14 @@ def install(app:FastAPI):
 def describe_errors(
     schema:dict # OpenAPI description, changed in place
 )->dict:
-    "Name the error body under every answer of `/predict` that may carry it."
+    "Name `/predict`, and the error body under every answer of it that may carry one."
     error = ErrorBody.model_json_schema(ref_template=REF)
-    schema['components']['schemas'] |= error.pop('$defs') | {'ErrorBody': error}
+    schemas = schema['components']['schemas']
+    schemas |= error.pop('$defs') | {'ErrorBody': error}
+    for replaced in ('HTTPValidationError', 'ValidationError'): schemas.pop(replaced, None)
     body = {'content': {'application/json': {'schema': {'$ref': REF.format(model='ErrorBody')}}}}
+    post = schema['paths']['/predict']['post']
+    post |= dict(summary='File a listing under a category', tags=['prediction'])
     what = {'401': 'Wrong or missing credentials', '413': 'Larger than the limit', '422': 'A listing that cannot be classified'}
-    schema['paths']['/predict']['post']['responses'] |= {k: {'description': v, **body} for k,v in what.items()}
+    post['responses'] |= {k: {'description': v, **body} for k,v in what.items()}
     return schema
