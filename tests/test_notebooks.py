@@ -1,11 +1,11 @@
-"Every library notebook runs top to bottom in a fresh namespace: its examples are the library's unit tests."
+"Every library and research notebook runs top to bottom in a fresh namespace: the examples are the library's unit tests."
 import pytest
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.test import test_nb as run_nb
 
 cfg = get_config()
-nbs = [*sorted(nbglob(cfg.nbs_path/'lib', as_path=True)), cfg.nbs_path/'index.ipynb']
+nbs = [p for kind in ('lib', 'research') for p in sorted(nbglob(cfg.nbs_path/kind, as_path=True))] + [cfg.nbs_path/'index.ipynb']
 
 
 @pytest.mark.parametrize('nb', nbs, ids=lambda p: p.stem)
