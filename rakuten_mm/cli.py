@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Friendly', 'cli', 'main', 'synthesize', 'ingest', 'train', 'predict', 'serve']
 
-# %% ../nbs/lib/21_cli.ipynb #a611fa1c
-import sys
+# %% ../nbs/lib/21_cli.ipynb #8684ecb6
 from pathlib import Path
 import click
 from . import __version__

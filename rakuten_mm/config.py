@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'QUIET', 'EncoderConfig', 'NetworkConfig', 'FitConfig', 'T
 
 # %% ../nbs/lib/00_config.ipynb #19156be6
 import os, warnings
-from dataclasses import dataclass, field, fields, asdict, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from dotenv import dotenv_values
 

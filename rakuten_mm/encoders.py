@@ -7,7 +7,7 @@ __all__ = ['N_HASH', 'hash_blocks', 'NgramEncoder', 'HFEncoder', 'hf_encoder', '
            'image_encoder', 'encoder_fingerprint']
 
 # %% ../nbs/lib/09_encoders.ipynb #2f6eeaef
-import hashlib, importlib.util, json, warnings
+import hashlib, importlib.util, json
 from pathlib import Path
 import numpy as np, torch
 from torch import nn, Tensor

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from .config import TrainConfig, EncoderConfig
+from .config import TrainConfig
 from .encoders import NgramEncoder, ImageEncoder, image_encoder, hf_encoder
 
 # %% ../nbs/lib/11_network.ipynb #b164d97d

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from .config import artifacts_dir
 from .dataset import Dataset
 from .predictor import Predictor
-from .tracking import MODEL, alias_version, log_metrics, mlflow_client, resolve_model
+from .tracking import MODEL, alias_version, mlflow_client, resolve_model
 
 # %% ../nbs/lib/19_promotion.ipynb #4b50088b
 @dataclass

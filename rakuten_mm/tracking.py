@@ -6,8 +6,8 @@
 __all__ = ['EXPERIMENT', 'MODEL', 'tracking_uri', 'mlflow_client', 'tracked_run', 'git_commit', 'flatten', 'log_provenance',
            'log_metrics', 'register_bundle', 'alias_version', 'resolve_model']
 
-# %% ../nbs/lib/17_tracking.ipynb #0fe71fcf
-import json, os, shutil, subprocess
+# %% ../nbs/lib/17_tracking.ipynb #db39789b
+import os, shutil, subprocess
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path

@@ -20,7 +20,7 @@ from .dataset import Dataset
 from .datamodule import ProductDataModule
 from .network import MultimodalNet, build_network
 from .predictor import Predictor, add_golden
-from .tracking import EXPERIMENT, git_commit, log_metrics, log_provenance, tracked_run, tracking_uri
+from .tracking import EXPERIMENT, git_commit, log_provenance, tracked_run, tracking_uri
 
 # %% ../nbs/lib/18_training.ipynb #31e997a2
 @dataclass
