@@ -51,4 +51,4 @@ print(f"version {decision['challenger']} {'promoted' if decision['promoted'] els
 PY
 
 say "server and one prediction"
-exec python scripts/serve_once.py --raw "$raw" --data "$data" ${port:+--port "$port"}
+python scripts/serve_once.py --raw "$raw" --data "$data" ${port:+--port "$port"}

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,13 +55,13 @@ def bundle(data_dir, tmp_path_factory):
     return export(fit(data, preset('smoke'), out, progress=False), data, out)
 
 
-@pytest.fixture(scope='session')
-def server(bundle):
-    "Address of a real server process."
+@contextmanager
+def running_server(model):
+    "Address of a real server process for a bundle or a registered version."
     from serve_once import free_port, wait_ready
     port = free_port(8080)
     env = os.environ | dict(API_USERNAME=USER, API_PASSWORD=PASSWORD)
-    process = subprocess.Popen([sys.executable, '-m', 'rakuten_mm', 'serve', '--model', str(bundle), '--port', str(port)], env=env)
+    process = subprocess.Popen([sys.executable, '-m', 'rakuten_mm', 'serve', '--model', str(model), '--port', str(port)], env=env)
     url = f'http://127.0.0.1:{port}'
     try:
         wait_ready(url, process)
@@ -68,3 +69,9 @@ def server(bundle):
     finally:
         process.terminate()
         assert process.wait(30) == 0
+
+
+@pytest.fixture(scope='session')
+def server(bundle):
+    "Address of a server of `bundle`."
+    with running_server(bundle) as url: yield url

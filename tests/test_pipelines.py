@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, USER
+from conftest import PASSWORD, ROOT, USER, running_server
 
 from rakuten_mm.dataset import Dataset
 from rakuten_mm.promotion import promote
@@ -68,11 +68,15 @@ def test_f44_failing_notebook(stack, tmp_path):
     assert not (tmp_path/'data'/'CURRENT').exists()
 
 
-def test_api_check(stack, bundle, data_dir, server, tmp_path):
-    "It passes on a server of the champion, and fails on one with another password."
+def test_api_check(stack, bundle, data_dir, tmp_path):
+    "It passes on a server of the champion, and fails with another password."
     with tracked_run(name='api check') as run: version = register_bundle(run, bundle)
     mlflow_client().set_registered_model_alias('rakuten-mm', 'champion', version)
     assert not promote(version, Dataset.open(data_dir), progress=False).promoted
-    res = zenml('api_check', tmp_path, dict(API_USERNAME=USER, API_PASSWORD='another'), url=server)
+    with running_server(f'models:/rakuten-mm/{version}') as url:
+        res = zenml('api_check', tmp_path, dict(API_USERNAME=USER, API_PASSWORD=PASSWORD), url=url)
+        assert res.returncode == 0, res.stdout+res.stderr
+        assert last_run().info.status == 'FINISHED'
+        res = zenml('api_check', tmp_path, dict(API_USERNAME=USER, API_PASSWORD='another'), url=url)
     assert res.returncode == 1 and 'credentials right: 401 instead of 200' in res.stdout+res.stderr
     assert last_run().info.status == 'FAILED'
