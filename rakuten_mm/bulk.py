@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd, torch
 from tqdm import tqdm
 from .config import n_threads
-from .dataset import write_atomic
+from .diff import write_csv
 from .image import InvalidImage
 from .predictor import Prediction, Predictor, Prepared
 from .schema import image_name, read_listings
@@ -53,7 +53,7 @@ def write_rows(
 ):
     "Write the predictions file, atomically; whole numbers stay whole beside empty cells."
     table = pd.DataFrame(lines, columns=COLUMNS).astype({c: 'Int64' for c in ('prdtypecode', 'top_2', 'top_3')})
-    write_atomic(out, table.to_csv(index=False).encode())
+    write_csv(table, out)
 
 # %% ../nbs/lib/16b_bulk.ipynb #bf1047ee
 def predict_file(

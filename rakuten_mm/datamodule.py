@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['ProductDataset', 'collate', 'ProductDataModule']
 
-# %% ../nbs/lib/12_datamodule.ipynb #a9193ea5
+# %% ../nbs/lib/12_datamodule.ipynb #6ed2eefb
+import warnings
 import numpy as np, pandas as pd, torch
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 from fastcore.basics import patch
 from .dataset import Dataset
 from .embedding import EmbeddingStore
-from .image import load_square
+from .image import InvalidImage, load_square
 from .network import MultimodalNet
 
 # %% ../nbs/lib/12_datamodule.ipynb #fa25e206
@@ -26,7 +27,7 @@ class ProductDataset(torch.utils.data.Dataset):
         vectors:dict[str, np.ndarray]|None = None, # Image vectors by picture; None gives pixels
     ):
         self.net,self.images_dir,self.vectors = net,images_dir,vectors
-        self.images = rows.image.tolist()
+        self.images = [n if vectors is None or n in vectors else '' for n in rows.image]
         self.tokens = net.text.tokenize(rows.title.tolist(), rows.text.tolist()) if net.text else [None]*len(rows)
         self.has_text = (rows.title.ne('') | rows.text.ne('')).tolist()
         index = {c: i for i,c in enumerate(codes)}
@@ -39,17 +40,20 @@ def __len__(self:ProductDataset)->int:
     return len(self.targets)
 
 @patch
-def picture(self:ProductDataset, i:int)->np.ndarray:
-    "Vector (D,) or pixels (S, S, 3) of listing `i`; zeros, or white, where there is no picture."
-    name = self.images[i]
-    if self.vectors is not None: return self.vectors[name] if name else np.zeros(self.net.image.dim, 'float32')
-    size = self.net.cfg.encoders.image_size
-    return load_square(self.images_dir/name, size) if name else np.full((size, size, 3), 255, 'uint8')
+def picture(self:ProductDataset, i:int)->tuple[np.ndarray, bool]:
+    "Vector (D,) or pixels (S, S, 3) of listing `i`, and whether there is one; zeros, or white, if not."
+    name,size = self.images[i],self.net.cfg.encoders.image_size
+    if self.vectors is not None: return (self.vectors[name], True) if name else (np.zeros(self.net.image.dim, 'float32'), False)
+    try:
+        if name: return load_square(self.images_dir/name, size), True
+    except (InvalidImage, OSError) as e: warnings.warn(f'{self.images_dir/name} cannot be read any more ({e}); its listing counts as without a picture')
+    return np.full((size, size, 3), 255, 'uint8'), False
 
 @patch
 def __getitem__(self:ProductDataset, i:int)->tuple:
     "(tokens, picture, has_text, has_image, target) of listing `i`."
-    return self.tokens[i], self.picture(i) if self.net.image else None, self.has_text[i], bool(self.images[i]), self.targets[i]
+    picture,has_image = self.picture(i) if self.net.image else (None, False)
+    return self.tokens[i], picture, self.has_text[i], has_image, self.targets[i]
 
 # %% ../nbs/lib/12_datamodule.ipynb #f0e4be3b
 def collate(
@@ -90,7 +94,7 @@ def setup(self:ProductDataModule,
     if self.net.image and not e.train_image:
         names = [n for n in df.image.unique() if n]
         store = EmbeddingStore(self.store_dir, self.net.image, e.image_size)
-        vectors = dict(zip(names, store.get(names, self.data.images_dir, progress=self.progress)))
+        vectors = store.get(names, self.data.images_dir, progress=self.progress)
     self.splits = {s: ProductDataset(df[df.split == s], self.net, self.codes, self.data.images_dir, vectors) for s in ('train', 'val', 'test')}
 
 # %% ../nbs/lib/12_datamodule.ipynb #636d5351

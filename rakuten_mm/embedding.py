@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['fast_dtype', 'encode_pixels', 'EmbeddingStore']
 
-# %% ../nbs/lib/10_embedding.ipynb #7f352cb7
-import io
+# %% ../nbs/lib/10_embedding.ipynb #d9e19ee0
+import io, warnings
 from fastcore.basics import patch
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
 from tqdm import tqdm
 from .dataset import write_atomic
 from .encoders import ImageEncoder, encoder_fingerprint
-from .image import load_square
+from .image import InvalidImage, load_square
 
 # %% ../nbs/lib/10_embedding.ipynb #3df2ee08
 def fast_dtype()->torch.dtype:
@@ -59,16 +59,23 @@ def get(self:EmbeddingStore,
     images_dir:str|Path, # The dataset's image store
     batch_size:int = 32,
     progress:bool = True,
-)->np.ndarray: # (N, D) float32
-    "Vectors of `names`, in their order."
-    new = [n for n in dict.fromkeys(names) if n not in self.vectors]
+)->dict[str, np.ndarray]: # (D,) float32 by name
+    "Vectors of `names`, without pictures that cannot be read."
+    new,lost = [n for n in dict.fromkeys(names) if n not in self.vectors], []
     batches = [new[i:i+batch_size] for i in range(0, len(new), batch_size)]
-    load = lambda b: np.stack([load_square(Path(images_dir, n), self.size) for n in b])
+    def load(batch):
+        out = {}
+        for n in batch:
+            try: out[n] = load_square(Path(images_dir, n), self.size)
+            except (InvalidImage, OSError): lost.append(n)
+        return out
     with ThreadPoolExecutor(1) as pool, tqdm(total=len(new), desc='embed', unit='img', disable=not progress or not new) as bar:
         pixels = pool.submit(load, batches[0]) if batches else None
         for i,b in enumerate(batches):
             x,pixels = pixels.result(), pool.submit(load, batches[i+1]) if i+1 < len(batches) else None
-            self.vectors.update(zip(b, encode_pixels(self.encoder, x))); bar.update(len(b))
+            if x: self.vectors.update(zip(x, encode_pixels(self.encoder, np.stack(list(x.values())))))
+            bar.update(len(b))
             if i%100 == 99: self.save()
-    if new: self.save()
-    return np.stack([self.vectors[n] for n in names]) if len(names) else np.zeros((0, self.encoder.dim), 'float32')
+    if len(new) > len(lost): self.save()
+    if lost: warnings.warn(f'{len(lost)} pictures in {images_dir} cannot be read any more, the first is {lost[0]}; their listings count as without a picture')
+    return {n: self.vectors[n] for n in names if n in self.vectors}

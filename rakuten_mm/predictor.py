@@ -119,7 +119,7 @@ def probs_of(self:Predictor,
     vectors = {}
     if self.net.image and 'image' in use:
         names = [n for n in rows.image.unique() if n]
-        vectors = dict(zip(names, EmbeddingStore(store_dir, self.net.image, self.size).get(names, images_dir, progress=progress)))
+        vectors = EmbeddingStore(store_dir, self.net.image, self.size).get(names, images_dir, progress=progress)
     said = [(r.title, r.text) if 'text' in use else ('', '') for r in rows.itertuples()]
     items = [Prepared(*s, vector=vectors.get(n)) for s,n in zip(said, rows.image)]
     chunks = [items[i:i+256] for i in range(0, len(items), 256)]

@@ -6,6 +6,16 @@ set -euo pipefail
 scratch=$(mktemp -d); trap 'rm -rf "$scratch"' EXIT
 export ZENML_CONFIG_PATH=$scratch/zenml RAKUTEN_MM_ARTIFACTS=$scratch/artifacts IPYTHONDIR=$scratch/ipython MPLCONFIGDIR=$scratch/matplotlib
 unset MLFLOW_TRACKING_URI API_USERNAME API_PASSWORD
+# A system program that pip cannot bring. Nothing else needs it, so tests do without where it cannot be had.
+if ! command -v rclone >/dev/null; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        say "installing rclone"
+        apt_rclone() { DEBIAN_FRONTEND=noninteractive timeout 180 apt-get install -y --no-install-recommends rclone >/dev/null 2>&1; }
+        apt_rclone || { timeout 120 apt-get update >/dev/null 2>&1 && apt_rclone; } || say "apt-get could not install rclone: tests of fetch will be skipped"
+    else
+        say "rclone is not installed, and only root can install it with apt-get: tests of fetch will be skipped"
+    fi
+fi
 say "lint"
 ruff check .
 say "tests"

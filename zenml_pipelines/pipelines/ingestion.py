@@ -1,6 +1,7 @@
-"Raw listings to a dataset version."
+"From where the listings live to a dataset version."
 from zenml import pipeline
 
+from zenml_pipelines.steps.fetch import fetch
 from zenml_pipelines.steps.ingest import ingest
 
 
@@ -8,6 +9,10 @@ from zenml_pipelines.steps.ingest import ingest
 def ingestion(
     raw_dir:str='artifacts/quickstart/raw', # Delivery in the challenge's format
     data_dir:str='artifacts/quickstart/data', # Receives the dataset
+    remote:str='', # rclone remote or folder to fetch into raw_dir first; empty fetches nothing
+    snapshot:bool=False, # The delivery is the whole catalogue: remove products that it does not hold
+    max_quarantine:float=.05, # Largest share of a file's records that may be refused
 ):
-    "Check, clean, deduplicate, split and publish a delivery."
-    ingest(raw_dir=raw_dir, data_dir=data_dir)
+    "Fetch, validate, clean, deduplicate, split and publish a delivery."
+    fetch(remote=remote, raw_dir=raw_dir)
+    ingest(raw_dir=raw_dir, data_dir=data_dir, snapshot=snapshot, max_quarantine=max_quarantine, after='fetch')
