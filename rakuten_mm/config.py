@@ -4,10 +4,14 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'QUIET', 'EncoderConfig', 'NetworkConfig', 'FitConfig', 'TrainConfig', 'from_dict', 'preset',
-           'single_modality', 'use_hub', 'load_environment', 'artifacts_dir', 'enter_checkout', 'n_threads']
+           'single_modality', 'use_hub', 'load_environment', 'artifacts_dir', 'enter_checkout', 'n_threads',
+           'leave_with_parent']
 
-# %% ../nbs/lib/00_config.ipynb #19156be6
+# %% ../nbs/lib/00_config.ipynb #562a07e9
 import os, warnings
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
+from threading import Thread
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from dotenv import dotenv_values
@@ -138,3 +142,9 @@ def n_threads(
 )->int:
     "Threads to give PyTorch: `requested`, or the cores it may use where the system tells, else all."
     return requested or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+
+# %% ../nbs/lib/00_config.ipynb #f63c368c
+def leave_with_parent():
+    "For the `initializer` of a process pool: end this worker when its parent is gone, however it went."
+    def watch(): wait([parent_process().sentinel]); os._exit(1)
+    Thread(target=watch, daemon=True).start()

@@ -12,9 +12,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
-from .config import n_threads
+from .config import leave_with_parent, n_threads
 from .fingerprint import image_hashes, signature, text_code, text_key
-from .image import InvalidImage, content_box, load_pixels, open_image, thumbnail
+from .image import THUMBNAIL, InvalidImage, content_box, load_pixels, open_image, thumbnail
 from .text import text_facts
 
 # %% ../nbs/lib/07b_facts.ipynb #a6dba7f1
@@ -32,17 +32,14 @@ def check_texts(
 # %% ../nbs/lib/07b_facts.ipynb #0554d69c
 def store(
     data:bytes,
-    images_dir:Path, # The store
-)->str: # Name in the store
-    "Copy a picture into the store, unless it is there."
-    sha = hashlib.sha256(data).hexdigest()
-    name = f'{sha[:2]}/{sha}.img'
-    dest = images_dir/name
-    if dest.exists() and dest.stat().st_size == len(data): return name
-    dest.parent.mkdir(parents=True, exist_ok=True)
+    dest:Path,
+):
+    "Write a picture to its place, unless it is there; never half of it."
+    if dest.exists() and dest.stat().st_size == len(data): return
     part = dest.with_name(f'.{uuid.uuid4().hex}.part')
-    part.write_bytes(data); part.replace(dest)
-    return name
+    try: part.write_bytes(data)
+    except FileNotFoundError: dest.parent.mkdir(parents=True, exist_ok=True); part.write_bytes(data)
+    part.replace(dest)
 
 # %% ../nbs/lib/07b_facts.ipynb #bfda8309
 def check_picture(
@@ -50,14 +47,17 @@ def check_picture(
     images_dir:Path|None, # The store; None keeps no copy
 )->tuple[dict, np.ndarray]: # Facts, and the thumbnail (64, 64), white for a bad picture
     "Read, decode and store one picture."
-    bad = lambda why: (dict(image='', image_error=why, width=0, height=0), np.full((64, 64), 255, 'uint8'))
+    bad = lambda why: (dict(image='', image_error=why, width=0, height=0), np.full((THUMBNAIL, THUMBNAIL), 255, 'uint8'))
     try:
         with open(path, 'rb') as f: data = f.read()
         im = open_image(data); width,height = im.size
-        thumb = thumbnail(load_pixels(im, 120, 'L'))
+        thumb = thumbnail(load_pixels(im, THUMBNAIL, 'L'))
     except FileNotFoundError: return bad('missing')
     except (InvalidImage, OSError) as e: return bad(str(e) or type(e).__name__)
-    return dict(image=store(data, images_dir) if images_dir else '', image_error='', width=width, height=height), thumb
+    sha = hashlib.sha256(data).hexdigest()
+    name = f'{sha[:2]}/{sha}.img'
+    if images_dir: store(data, images_dir/name)
+    return dict(image=name, image_error='', width=width, height=height), thumb
 
 def check_pictures(
     paths:list[str],
@@ -120,7 +120,7 @@ class Checker:
         self.facts,self.images_dir,self.pool = facts,images_dir,None
         if parallel:
             ctx = get_context('forkserver'); ctx.set_forkserver_preload(['rakuten_mm.facts'])
-            self.pool = ProcessPoolExecutor(n_threads(), mp_context=ctx)
+            self.pool = ProcessPoolExecutor(n_threads(), mp_context=ctx, initializer=leave_with_parent)
 
     def __enter__(self): return self
     def __exit__(self, *exc):

@@ -7,7 +7,7 @@ __all__ = ['PERMUTATIONS', 'HASH_BYTES', 'IMAGE_RADIUS', 'TEXT_SIMILARITY', 'tex
            'image_hashes', 'neighbours', 'near_images', 'near_texts', 'duplicate_groups']
 
 # %% ../nbs/lib/06_fingerprint.ipynb #6d9e48a5
-import hashlib, re, unicodedata
+import hashlib, re, unicodedata, zlib
 from functools import cache
 import numpy as np
 import scipy.fft
@@ -36,7 +36,7 @@ PERMUTATIONS = 120
 @cache
 def minhash()->MinHash:
     "An empty signature with its random orders: always the same ones, since signatures are stored."
-    return MinHash(PERMUTATIONS, seed=1)
+    return MinHash(PERMUTATIONS, seed=1, hashfunc=zlib.crc32)
 
 def signature(
     key:str # From `text_key`
@@ -54,7 +54,8 @@ def image_hashes(
     thumbs:np.ndarray # (B, 64, 64) uint8, from `image.thumbnail`
 )->np.ndarray: # (B, 32) uint8; all zeros for flat pictures
     "256-bit perceptual hashes."
-    low = scipy.fft.dctn(thumbs.astype('float32'), axes=(1, 2))[:, :16, :16].reshape(len(thumbs), -1)
+    dct = scipy.fft.dct(np.eye(thumbs.shape[1], dtype='float32'), axis=0)[:16]      # the 16 lowest frequencies, as a matrix
+    low = (dct@thumbs.astype('float32')@dct.T).reshape(len(thumbs), -1)
     bits = np.packbits(low > np.median(low, axis=1, keepdims=True), axis=1)
     flat = np.ptp(thumbs, axis=(1, 2)) < 8
     return bits*~flat[:, None]
@@ -75,8 +76,8 @@ def neighbours(
         i = np.flatnonzero(p[:-d] == p[d:]); pairs.append((i, i+d))
     return tuple(order[np.concatenate(x)] for x in zip(*pairs))
 
-# %% ../nbs/lib/06_fingerprint.ipynb #5eafbaf8
-IMAGE_RADIUS = 12 # Bits of 256 by which pictures of one group may differ
+# %% ../nbs/lib/06_fingerprint.ipynb #0643e42e
+IMAGE_RADIUS = 14 # Bits of 256 by which pictures of one group may differ
 TEXT_SIMILARITY = .8 # Estimated Jaccard similarity from which texts are of one group
 
 def near_images(

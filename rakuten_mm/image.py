@@ -6,8 +6,8 @@
 __all__ = ['FORMATS', 'MAX_PIXELS', 'MAX_BYTES', 'THUMBNAIL', 'InvalidImage', 'to_rgb', 'open_image', 'load_pixels',
            'decode_image', 'to_square', 'load_square', 'thumbnail', 'content_box']
 
-# %% ../nbs/lib/04_image.ipynb #8783c8ac
-import io, warnings
+# %% ../nbs/lib/04_image.ipynb #6d9ae861
+import io
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -41,10 +41,7 @@ def open_image(
     "A picture within the limits; raises `InvalidImage`."
     if not data: raise InvalidImage('the file is empty')
     if len(data) > MAX_BYTES: raise InvalidImage(f'{len(data):,} bytes, more than {MAX_BYTES:,}')
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # our own limit follows
-            im = Image.open(io.BytesIO(data), formats=FORMATS)
+    try: im = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as e: raise InvalidImage(f'too many pixels: {e}') from None
     except UnidentifiedImageError: raise InvalidImage(f"not a picture in one of the formats {', '.join(FORMATS)}") from None
     except Exception as e: raise InvalidImage(f'damaged: {e}') from None
@@ -96,8 +93,9 @@ def thumbnail(
     im:Image.Image # Any size
 )->np.ndarray: # (64, 64) uint8
     "A small grey version of `im`, stretched to a square."
-    grey = im if im.mode == 'L' else im.convert('L')
-    return np.frombuffer(grey.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR).tobytes(), dtype='uint8').reshape(THUMBNAIL, THUMBNAIL)
+    grey,size = im if im.mode == 'L' else im.convert('L'), (THUMBNAIL, THUMBNAIL)
+    if grey.size != size: grey = grey.resize(size, Image.Resampling.BILINEAR)
+    return np.frombuffer(grey.tobytes(), dtype='uint8').reshape(size)
 
 def content_box(
     thumbs:np.ndarray # (B, 64, 64) uint8

@@ -65,7 +65,7 @@ def merge_index(
 )->pd.DataFrame: # productid, imageid, part, row, digest, code, group, grouped, changed
     "Rows of the next version."
     fresh = new.assign(part=part).merge(parent[['productid', 'group', 'grouped']], 'left', 'productid')
-    fresh = fresh.assign(changed=fresh.grouped.notna(), grouped=fresh.grouped.fillna(''), group=fresh.group.fillna(0).astype('int64'))
+    fresh = fresh.assign(changed=fresh.grouped.notna(), grouped=fresh.grouped.astype(object).fillna(''), group=fresh.group.fillna(0).astype('int64'))
     keep = ~parent.productid.isin(new.productid)
     if snapshot: keep &= parent.productid.isin(np.concatenate(books.same))
     return pd.concat([parent[keep].assign(changed=False), fresh], ignore_index=True)[[*parent.columns, 'changed']]

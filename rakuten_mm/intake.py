@@ -70,7 +70,8 @@ class Books:
     @property
     def quarantine(self)->pd.DataFrame:
         "Refused records, by file and line."
-        df = pd.DataFrame(self.refused, columns=QUARANTINE).fillna('').astype({c: 'str' for c in QUARANTINE} | {'line': 'int64'})
+        rows = [dict.fromkeys(QUARANTINE, '') | r for r in self.refused]
+        df = pd.DataFrame(rows, columns=QUARANTINE).astype({c: 'str' for c in QUARANTINE} | {'line': 'int64'})
         return df.sort_values(['file', 'line', 'reason'], ignore_index=True)
 
 # %% ../nbs/lib/08a_intake.ipynb #0068714e

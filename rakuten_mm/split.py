@@ -54,7 +54,7 @@ def settle_groups(
     anchor = firm | (old & ~df.component.isin(df.component[firm]))        # without an unchanged old product, changed ones decide
     splits = out[anchor].groupby('component').grouped.agg(['min', 'max'])
     bridge = out.component.isin(splits.index[splits['min'] != splits['max']])
-    joins = out.component.map(splits['min']).fillna('').astype(object)    # empty for groups of new listings only
+    joins = out.component.map(splits['min']).astype(object).fillna('')    # empty for groups of new listings only
     alone = ~firm & (bridge | (old & (joins != out.grouped)))
     smallest = out.groupby('component').productid.transform('min')
     group = out.component.map(out[firm].groupby('component').group.min()).fillna(smallest).astype('int64')

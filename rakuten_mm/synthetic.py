@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 import numpy as np
 from tqdm import tqdm
-from .config import n_threads
+from .config import leave_with_parent, n_threads
 from .pictures import draw_batch
 from .schema import image_name
 from .vocabulary import CLASSES, CONFUSED
@@ -176,7 +176,7 @@ def draw(
     if workers <= 1: yield from map(draw_batch, batches); return
     method = 'forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn'
     try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context(method)) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context(method), leave_with_parent) as pool:
             waiting = deque()
             for batch in batches:
                 waiting.append(pool.submit(draw_batch, batch))

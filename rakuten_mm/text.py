@@ -46,10 +46,10 @@ def detector()->LanguageDetector:
     return LanguageDetectorBuilder.from_languages(*LANGUAGES.values()).build()
 
 def language_of(
-    s:str # Clean text; the first 300 characters are looked at
+    s:str # Clean text; the first 200 characters are looked at
 )->str: # ISO 639-1 code, or empty where there are no words
     "The most likely language of `s`."
-    found = detector().detect_language_of(s[:300])
+    found = detector().detect_language_of(s[:200])
     return found.iso_code_639_1.name.lower() if found else ''
 
 # %% ../nbs/lib/03_text.ipynb #d0ce47eb

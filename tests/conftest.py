@@ -40,7 +40,7 @@ def raw(environment, tmp_path_factory):
 @pytest.fixture(scope='session')
 def data_dir(raw, tmp_path_factory):
     "The delivery, ingested."
-    from rakuten_mm.dataset import ingest
+    from rakuten_mm.ingestion import ingest
     folder = tmp_path_factory.mktemp('dataset')
     ingest(raw, folder, progress=False)
     return folder

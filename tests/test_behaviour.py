@@ -1,6 +1,5 @@
 "What a user may rely on, whatever the catalogue."
 import os
-import shutil
 import subprocess
 import sys
 
@@ -10,9 +9,10 @@ import pytest
 from PIL import Image
 
 from rakuten_mm.config import preset
-from rakuten_mm.dataset import Dataset, ingest
+from rakuten_mm.dataset import Dataset
+from rakuten_mm.ingestion import ingest
 from rakuten_mm.predictor import Predictor
-from rakuten_mm.schema import RawDataError, image_name
+from rakuten_mm.schema import image_name
 from rakuten_mm.training import evaluate, export, fit, fit_references
 
 
@@ -67,29 +67,6 @@ def test_ids_are_not_features(data_dir, bundle):
     rows = data.products.head(8)
     ask = lambda df: model.probs_of(df, data.images_dir, os.environ['RAKUTEN_MM_ARTIFACTS']+'/embeddings', progress=False)
     assert (ask(rows) == ask(rows.assign(id=0, productid=1, imageid=2))).all()
-
-
-def test_a_delivery_with_bad_pictures(raw, tmp_path):
-    copy = shutil.copytree(raw, tmp_path/'raw')
-    pics = sorted((copy/'images'/'image_train').iterdir())
-    pics[0].unlink(); pics[1].write_bytes(b''); pics[2].write_bytes(pics[2].read_bytes()[:200])
-    data = ingest(copy, tmp_path/'data', progress=False)
-    assert data.manifest['image_errors'] == {'missing': 1, 'invalid': 2} and data.manifest['rows'] == 500
-    out = tmp_path/'run'
-    assert fit(data, preset('smoke'), out, progress=False).val['f1_weighted'] > 0
-
-
-@pytest.mark.parametrize('change,why', [
-    (lambda y: y.iloc[:-1], '1 listings have no label'),
-    (lambda y: y.assign(prdtypecode='10.0'), 'no whole number in prdtypecode'),
-    (lambda y: pd.concat([y, y.iloc[:1]]), 'more than once')])
-def test_labels_that_do_not_fit(raw, tmp_path, change, why):
-    copy = shutil.copytree(raw, tmp_path/'raw')
-    path = copy/'Y_train_CVw08PX.csv'
-    y = pd.read_csv(path, dtype=str).rename(columns={'Unnamed: 0': ''})
-    change(y).to_csv(path, index=False)
-    with pytest.raises(RawDataError, match=why): ingest(copy, tmp_path/'data', progress=False)
-    assert not (tmp_path/'data'/'CURRENT').exists()
 
 
 def test_help_does_not_wait_for_torch():
