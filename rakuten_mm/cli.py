@@ -109,6 +109,7 @@ def diff_versions(data_dir, a, b, out):
     click.echo(found.summary())
     if out: write_csv(found.items, out); click.echo(f'{len(found.items):,} products in {out}')
 
+# %% ../nbs/lib/21_cli.ipynb #15feb381
 @data.command()
 @click.argument('data_dir', type=existing)
 @click.argument('version', required=False)
@@ -123,7 +124,7 @@ def quarantine(data_dir, version, out):
     if out: write_csv(q, out)
     click.echo(f'{len(q):,} refused'+(f'; listed in {out}' if out else ''))
 
-# %% ../nbs/lib/21_cli.ipynb #629ecefd
+# %% ../nbs/lib/21_cli.ipynb #4d181d31
 @cli.command()
 @click.argument('data_dir', type=existing)
 @click.option('--out', type=folder, default=Path('artifacts/train'), help='Receives the bundle.')
@@ -135,9 +136,8 @@ def quarantine(data_dir, version, out):
 def train(data_dir, out, name, seed, references, split, track):
     "Train on the dataset in DATA_DIR, and evaluate on its test split."
     from contextlib import nullcontext
-    from rakuten_mm import config, promotion, tracking, training
-    from rakuten_mm.dataset import Dataset
-    data,cfg = Dataset.open(data_dir, split=split), config.preset(name)
+    from rakuten_mm import config, dataset, promotion, tracking, training
+    data,cfg = dataset.Dataset.open(data_dir, split=split), config.preset(name)
     with tracking.tracked_run(name=f'train {name}') if track else nullcontext('') as run:
         bundle = training.export(training.fit(data, cfg, out, seed, run), data, out, seed)
         refs = training.fit_references(data, cfg, out/'references', seed, run) if references else {}
@@ -148,7 +148,7 @@ def train(data_dir, out, name, seed, references, split, track):
             decision = promotion.promote(tracking.register_bundle(run, bundle), data)
             click.echo(f"version {decision.challenger} {'promoted' if decision.promoted else 'not promoted'}: {decision.reason}")
 
-# %% ../nbs/lib/21_cli.ipynb #a0c9652a
+# %% ../nbs/lib/21_cli.ipynb #cc917e9b
 @cli.command()
 @click.option('--bundle', default='models:/rakuten-mm@champion', help='Folder, models:/rakuten-mm@ALIAS or models:/rakuten-mm/VERSION.')
 @click.option('--products', type=file, required=True, help='CSV in the format of X_test_update.csv.')
@@ -161,7 +161,7 @@ def predict(bundle, products, images, out, batch_size):
     n = predict_file(bundle, products, images, out, batch_size)
     click.echo(f"{n['rows']} predictions in {out}: {n['missing']} without a picture, {n['invalid']} with a damaged one, {n['empty']} with nothing to read")
 
-# %% ../nbs/lib/21_cli.ipynb #cc917e9b
+# %% ../nbs/lib/21_cli.ipynb #73d9dac7
 @cli.command()
 @click.option('--model', default='models:/rakuten-mm@champion', help='Folder, models:/rakuten-mm@ALIAS or models:/rakuten-mm/VERSION.')
 @click.option('--host', type=click.Choice(['127.0.0.1', '0.0.0.0', '::']), default='127.0.0.1')

@@ -59,6 +59,7 @@ def check_picture(
     if images_dir: store(data, images_dir/name)
     return dict(image=name, image_error='', width=width, height=height), thumb
 
+# %% ../nbs/lib/07b_facts.ipynb #47586366
 def check_pictures(
     paths:list[str],
     images_dir:Path|None, # The store; None keeps no copy
@@ -70,7 +71,7 @@ def check_pictures(
     return [f | dict(zip(('left', 'top', 'right', 'bottom'), map(float, box))) | dict(image_hash=h.tobytes().hex())
             for f,box,h in zip(facts, content_box(thumbs), image_hashes(thumbs))]
 
-# %% ../nbs/lib/07b_facts.ipynb #edd8afbd
+# %% ../nbs/lib/07b_facts.ipynb #9c8dd6f0
 FACTS_VERSION = 1
 
 def text_digest(*parts:str)->bytes:
@@ -85,7 +86,7 @@ def picture_digest(path:str)->bytes:
     except OSError: return b''
     return hashlib.blake2b(f'picture {FACTS_VERSION}\0{path}\0{s.st_size}\0{s.st_mtime_ns}'.encode('utf-8', 'surrogateescape'), digest_size=16).digest()
 
-# %% ../nbs/lib/07b_facts.ipynb #b26ddc66
+# %% ../nbs/lib/07b_facts.ipynb #ac50c291
 class FactStore:
     "Facts by key, in a SQLite file."
     def __init__(self, path:str|Path):
@@ -109,7 +110,7 @@ class FactStore:
         "Keep facts; a missing picture (empty key) is not kept."
         with self.db: self.db.executemany('INSERT OR REPLACE INTO facts VALUES (?, ?)', [(k, json.dumps(v)) for k,v in zip(keys, values) if k])
 
-# %% ../nbs/lib/07b_facts.ipynb #456cb2ad
+# %% ../nbs/lib/07b_facts.ipynb #5cbb20b6
 class Checker:
     "Finds out what is not known yet, ahead of the caller."
     def __init__(self,
@@ -117,10 +118,11 @@ class Checker:
         images_dir:Path, # The image store
         parallel:bool = True, # Use worker processes
     ):
-        self.facts,self.images_dir,self.pool = facts,images_dir,None
-        if parallel:
-            ctx = get_context('forkserver'); ctx.set_forkserver_preload(['rakuten_mm.facts'])
-            self.pool = ProcessPoolExecutor(n_threads(), mp_context=ctx, initializer=leave_with_parent)
+        self.facts,self.images_dir = facts,images_dir
+        self.pool = None
+        if not parallel: return
+        ctx = get_context('forkserver'); ctx.set_forkserver_preload(['rakuten_mm.facts'])
+        self.pool = ProcessPoolExecutor(n_threads(), mp_context=ctx, initializer=leave_with_parent)
 
     def __enter__(self): return self
     def __exit__(self, *exc):
@@ -128,14 +130,13 @@ class Checker:
 
     def submit(self, f, items:list, *args)->list[Future]:
         "Start `f` on `items`, in pieces for the workers."
-        step = 256 if self.pool else max(1, len(items))
-        pieces = [items[i:i+step] for i in range(0, len(items), step)]
+        pieces = [items[i:i+256] for i in range(0, len(items), 256)]
         if self.pool: return [self.pool.submit(f, p, *args) for p in pieces]
         out = [Future() for _ in pieces]
         for o,p in zip(out, pieces): o.set_result(f(p, *args))
         return out
 
-# %% ../nbs/lib/07b_facts.ipynb #d111d760
+# %% ../nbs/lib/07b_facts.ipynb #cdac40f2
 def start_check(
     checker:Checker,
     texts:list[tuple[str, str]], # designation and description

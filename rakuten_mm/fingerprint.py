@@ -87,10 +87,13 @@ def near_images(
     rows = np.flatnonzero(hashes.any(1))
     order = rows[np.lexsort(hashes[rows].view('>u8').T)]              # near hashes near each other within a run
     h,pairs = hashes[order], []
-    for piece in h.view('>u2').T:
+    words = h.view('u8')                                              # (N, 4): fewer, wider steps
+    for piece in h.view('u2').T:
         i,j = neighbours(piece)
-        near = np.concatenate([np.bitwise_count(h[i[s:s+100_000]] ^ h[j[s:s+100_000]]).sum(1) <= IMAGE_RADIUS for s in range(0, len(i)+1, 100_000)])
-        pairs.append((order[i[near]], order[j[near]]))
+        for parts in (slice(0, 1), slice(0, 4)):                      # a quarter of the bits rules most pairs out
+            near = np.bitwise_count(words[i, parts] ^ words[j, parts]).sum(1) <= IMAGE_RADIUS
+            i,j = i[near],j[near]
+        pairs.append((order[i], order[j]))
     return tuple(np.concatenate(x) for x in zip(*pairs))
 
 # %% ../nbs/lib/06_fingerprint.ipynb #e67172eb

@@ -43,7 +43,7 @@ LANGUAGES = dict(fr=Language.FRENCH, en=Language.ENGLISH, de=Language.GERMAN, it
 @cache
 def detector()->LanguageDetector:
     "The language detector; loading it takes a moment and 140 MB, so it is made once."
-    return LanguageDetectorBuilder.from_languages(*LANGUAGES.values()).build()
+    return LanguageDetectorBuilder.from_languages(*LANGUAGES.values()).with_preloaded_language_models().build()
 
 def language_of(
     s:str # Clean text; the first 200 characters are looked at
