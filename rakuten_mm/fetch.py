@@ -8,7 +8,7 @@ __all__ = ['SECRET', 'SHOWN', 'HOPELESS', 'INSTALL', 'FLAGS', 'STATE', 'SUMS', '
            'Fetched', 'check_remote', 'fetch']
 
 # %% ../nbs/lib/01c_fetch.ipynb #8ce48a43
-import hashlib, json, os, re, shutil, subprocess, tempfile, time, zipfile
+import hashlib, json, os, re, shutil, subprocess, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 from filelock import FileLock, Timeout

@@ -1,6 +1,7 @@
 "The pipelines as their users run them: the `zenml` command, a registered stack, YAML."
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,8 @@ def last_run():
 
 
 def test_ingestion_then_training(stack, raw, tmp_path):
-    res = zenml('ingestion', tmp_path, raw_dir=raw, data_dir=tmp_path/'data')
+    source = dict(remote=raw, raw_dir=tmp_path/'fetched') if shutil.which('rclone') else dict(raw_dir=raw)
+    res = zenml('ingestion', tmp_path, data_dir=tmp_path/'data', **source)
     assert res.returncode == 0, res.stdout+res.stderr
     version = Dataset.open(tmp_path/'data').manifest['version']
     assert last_run().data.tags['data_version'] == version

@@ -41,7 +41,7 @@ def test_train_then_evaluate(data_dir, tmp_path):
 
 
 def test_evaluation_refuses_other_data(data_dir, tmp_path):
-    (tmp_path/'result.json').write_text(json.dumps(dict(data_version='0'*16, bundle='', references={})))
+    (tmp_path/'result.json').write_text(json.dumps(dict(data_version='0'*16, split='grouped', bundle='', references={})))
     with pytest.raises(NotebookError, match='was trained on data 0000'): run_notebook('evaluate', tmp_path/'out', data_dir=data_dir, train_dir=tmp_path)
 
 
