@@ -51,7 +51,7 @@ def check_picture(
     try:
         with open(path, 'rb') as f: data = f.read()
         im = open_image(data); width,height = im.size
-        thumb = thumbnail(load_pixels(im, THUMBNAIL, 'L'))
+        thumb = thumbnail(load_pixels(im, 3*THUMBNAIL, 'L'))
     except FileNotFoundError: return bad('missing')
     except (InvalidImage, OSError) as e: return bad(str(e) or type(e).__name__)
     sha = hashlib.sha256(data).hexdigest()

@@ -102,7 +102,7 @@ def content_box(
 )->np.ndarray: # (B, 4) float32: left, top, right, bottom, as shares of the side
     "The part of each picture that is neither white nor black padding; all zeros if nothing is."
     white,n = thumbs[:, :1, :1] > 127, thumbs.shape[1]
-    ink = np.where(white, thumbs < 247, thumbs > 8)
+    ink = (thumbs ^ (white*np.uint8(255))) > 8                            # white padding becomes black first
     cols,rows = ink.any(1), ink.any(2)                                    # (B, 64)
     first = lambda a: a.argmax(1)
     box = np.stack([first(cols), first(rows), n-first(cols[:, ::-1]), n-first(rows[:, ::-1])], axis=1)/n

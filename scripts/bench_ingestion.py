@@ -149,7 +149,7 @@ def kill_points(raw_dir:Path, work:Path, n:int, seed:int=0)->int:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rows', type=int, default=85_000)
-    parser.add_argument('--image-size', type=int, default=500, help='side of the synthetic pictures in pixels; those of the challenge have 500')
+    parser.add_argument('--image-size', type=int, default=500, help='side of the synthetic pictures in pixels (500, as in the challenge)')
     parser.add_argument('--raw', type=Path, help='also check the pictures of this delivery')
     parser.add_argument('--json', type=Path)
     parser.add_argument('--quick', action='store_true', help='3,000 rows, to see that it works (figures mean little)')
