@@ -41,8 +41,9 @@ def keep(
     "Render the executed notebook, whole or not, as HTML, and store both with the run."
     nb = out_dir/f'{name}.ipynb'
     if not nb.exists(): return
+    # The page is for readers, so it leaves the code to the notebook beside it.
     # Progress bars rewrite their line on stderr: keep the last state of each, and do not colour it like an error.
-    html,_ = HTMLExporter(preprocessors=[CoalesceStreamsPreprocessor(enabled=True)]).from_filename(str(nb))
+    html,_ = HTMLExporter(preprocessors=[CoalesceStreamsPreprocessor(enabled=True)], exclude_input=True, exclude_output_prompt=True).from_filename(str(nb))
     nb.with_suffix('.html').write_text(html.replace('</head>', f'{STYLE}</head>', 1), encoding='utf-8')
     if run_id:
         from rakuten_mm.tracking import mlflow_client
