@@ -20,38 +20,60 @@ from dotenv import dotenv_values
 @dataclass(frozen=True)
 class EncoderConfig:
     "Which encoders read a listing, and how."
-    text:str|None = 'ngram' # `ngram`, `hf:<folder or hub id>`, or None for an image-only model
+    ngrams:bool = True # Read words and character n-grams; both text fields off make an image-only model
+    text:str|None = 'use' # Dense text encoder: `use`, `hf:<folder or hub id>`, or None
     image:str|None = 'timm:tf_efficientnet_lite0' # `timm:<name or folder>`, or None for a text-only model
     image_size:int = 224 # Side of the square the picture is resized to, in pixels
+    image_levels:bool = True # Pool earlier stages of a convolutional network too
     ngram_features:int = 60_000 # Largest n-gram vocabulary, by document frequency
-    ngram_dim:int = 64 # Size of one n-gram's vector
+    ngram_dim:int = 256 # Size of the dense n-gram vector
     max_title_chars:int = 512 # Titles are cut here
-    max_description_chars:int = 2_000 # Descriptions are cut here
+    max_description_chars:int = 2_000 # Descriptions are cut here for n-grams and transformers
+    max_static_chars:int = 400 # Descriptions are cut here for `use`, whose average a long text dilutes
     max_tokens:int = 128 # Longest token sequence of a transformer
     text_prefix:str = '' # What a transformer wants before each text, e.g. `query: ` for e5
     train_image:bool = False # Fine-tune the image encoder; otherwise it runs once per picture
-    train_text:bool = False # Fine-tune a transformer; n-grams are always trained
+    train_text:bool = False # Fine-tune the transformer; otherwise it runs once per text
+
+    @property
+    def modalities(self)->list[str]: # Subset of `text`, `image`
+        "What is read of a listing."
+        return ['text']*bool(self.ngrams or self.text)+['image']*bool(self.image)
 
 # %% ../nbs/lib/00_config.ipynb #7874f61e
 @dataclass(frozen=True)
 class NetworkConfig:
-    "The fusion head."
-    dim:int = 256 # Width of the hidden layers
-    dropout:float = 0.3 # Dropout inside the head
-    modality_dropout:float = 0.15 # Chance of hiding the text, and of hiding the picture, of a training listing
-    auxiliary:float = 0.5 # Weight of the losses of the text-only and image-only logits
+    "The experts and how they are fused."
+    fusion:str = 'concat' # `concat`, `gated` or `attention`
+    members:int = 5 # Networks, each trained without one fold of the listings; 1 trains one network on all of them
+    dim:int = 512 # Width of the hidden layers
+    dropout:float = 0.5 # Dropout before the last layer
+    input_dropout:float = 0.2 # Dropout of the encoders' vectors
+    modality_dropout:float = 0.2 # Chance of hiding the text, and of hiding the picture, from the fused expert
+    description_dropout:float = 0.1 # Chance of hiding the description of a training listing
 
 # %% ../nbs/lib/00_config.ipynb #322a8b6a
 @dataclass(frozen=True)
 class FitConfig:
     "Optimisation."
-    max_epochs:int = 15 # Upper bound; early stopping usually ends before
-    patience:int = 5 # Epochs without a better validation score before stopping
-    batch_size:int = 64 # Listings per step
-    lr:float = 2e-3 # Peak learning rate of the one-cycle schedule
-    encoder_lr:float = 2e-5 # Peak learning rate of a pretrained encoder being fine-tuned
-    weight_decay:float = 1e-2 # AdamW weight decay
+    max_epochs:int = 25 # Epochs of the one-cycle schedule
+    batch_size:int = 128 # Listings per step and device
+    lr:float = 2e-3 # Peak learning rate
+    weight_decay:float = 0.05 # AdamW weight decay
+    label_smoothing:float = 0.1 # Share of the target that is spread over all classes
+    class_balance:float = 0. # Loss weight of a class is its size to the power of minus this; 0 counts listings, 1 counts classes
     n_threads:int = 0 # CPU threads for PyTorch; 0 takes every core this process may use
+    encoder_lr:float = 2e-5 # Peak learning rate of the last layer of an encoder being fine-tuned
+    layer_decay:float = 0.9 # Learning rate of each layer of an encoder, as a share of the layer above
+    ema:float = 0. # Decay of the moving average of weights that is kept instead of the last ones; 0 keeps the last
+    accumulate:int = 1 # Batches per optimiser step
+    clip_norm:float = 1. # Largest norm of the gradient of fine-tuning
+    precision:str = '32-true' # Lightning's, e.g. `bf16-mixed` or `16-mixed`
+    devices:int = 1 # Devices per node; -1 takes all
+    num_nodes:int = 1 # Machines
+    strategy:str = 'auto' # Lightning's, e.g. `ddp_notebook`
+    accelerator:str = 'auto' # Lightning's, e.g. `cpu`, `gpu`
+    num_workers:int = 0 # Processes that decode pictures while fine-tuning
 
 # %% ../nbs/lib/00_config.ipynb #1a5b6283
 @dataclass(frozen=True)
@@ -64,7 +86,12 @@ class TrainConfig:
     @property
     def modalities(self)->list[str]: # Subset of `text`, `image`
         "What this configuration reads of a listing."
-        return [m for m in ('text', 'image') if getattr(self.encoders, m)]
+        return self.encoders.modalities
+
+    @property
+    def fine_tunes(self)->bool:
+        "Whether an encoder is trained, rather than only the networks on top of its vectors."
+        return self.encoders.train_text or self.encoders.train_image
 
 # %% ../nbs/lib/00_config.ipynb #588e5374
 def from_dict(
@@ -77,13 +104,23 @@ def from_dict(
     if unknown: raise TypeError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(known)}")
     return cls(**{k: from_dict(known[k].type, v) if is_dataclass(known[k].type) else v for k,v in d.items()})
 
-# %% ../nbs/lib/00_config.ipynb #dc5f48e0
+# %% ../nbs/lib/00_config.ipynb #aa408ea4
+_cpu = TrainConfig()
+_gpu = TrainConfig(
+    EncoderConfig(ngrams=True, text='hf:almanach/camembert-base', image='timm:convnext_large.fb_in22k_ft_in1k', image_size=500, image_levels=False,
+                  max_tokens=256, train_text=True, train_image=True),
+    NetworkConfig(members=1, dim=1024, dropout=.2, input_dropout=0., modality_dropout=.1),
+    FitConfig(max_epochs=8, batch_size=16, accumulate=2, lr=1e-4, encoder_lr=2e-5, weight_decay=.01, ema=.999, precision='bf16-mixed',
+              devices=-1, num_workers=8))
 PRESETS = {
-    'cpu': TrainConfig(),
-    'cpu-text': TrainConfig(encoders=EncoderConfig(image=None)),
-    'cpu-image': TrainConfig(encoders=EncoderConfig(text=None)),
-    'smoke': TrainConfig(encoders=EncoderConfig(image_size=64, ngram_features=5_000, ngram_dim=32),
-                         network=NetworkConfig(dim=64), fit=FitConfig(max_epochs=4, lr=5e-3)),
+    'cpu': _cpu,
+    'cpu-text': replace(_cpu, encoders=EncoderConfig(image=None)),
+    'cpu-image': replace(_cpu, encoders=EncoderConfig(ngrams=False, text=None)),
+    'cpu-gated': replace(_cpu, network=NetworkConfig(fusion='gated')),
+    'cpu-attention': replace(_cpu, network=NetworkConfig(fusion='attention')),
+    'gpu-camembert-convnext': _gpu,
+    'smoke': TrainConfig(EncoderConfig(text=None, image_size=64, ngram_features=5_000, ngram_dim=32), NetworkConfig(members=2, dim=64),
+                         FitConfig(max_epochs=6, batch_size=64, lr=5e-3)),
 }
 
 # %% ../nbs/lib/00_config.ipynb #2df2813a
@@ -100,9 +137,8 @@ def single_modality(
     modality:str, # `text` or `image`, the one to keep
 )->TrainConfig:
     "`cfg` reading only `modality`."
-    off = {'text': 'image', 'image': 'text'}[modality]
-    return replace(cfg, encoders=replace(cfg.encoders, **{off: None}),
-                   network=replace(cfg.network, modality_dropout=0., auxiliary=0.))
+    off = dict(image=None, train_image=False) if modality == 'text' else dict(ngrams=False, text=None, train_text=False)
+    return replace(cfg, encoders=replace(cfg.encoders, **off))
 
 # %% ../nbs/lib/00_config.ipynb #fa00bc58
 QUIET = dict(ZENML_ANALYTICS_OPT_IN='false', MLFLOW_DISABLE_TELEMETRY='true', DO_NOT_TRACK='1', HF_HUB_DISABLE_TELEMETRY='1',

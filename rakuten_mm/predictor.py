@@ -13,7 +13,8 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from tqdm import tqdm
 from .bundle import load_bundle, seal
-from .embedding import EmbeddingStore, encode_pixels
+from .batches import ProductDataset, blank
+from .embedding import encode_pixels
 from .image import decode_image, to_square
 from .metrics import scores
 from .text import clean_text
@@ -46,6 +47,7 @@ class Predictor:
         self.net,self.config,self.codes = net,config,config['codes']
         self.names = {int(c): n for c,n in config['names'].items()}
         self.modalities,self.size = net.cfg.modalities, net.cfg.encoders.image_size
+        self.encode = lambda pixels: encode_pixels(net.image, pixels)
 
     @classmethod
     def load(cls,
@@ -80,20 +82,41 @@ def probs(self:Predictor,
     items:list[Prepared]
 )->np.ndarray: # (N, K) probabilities
     "Class probabilities of prepared listings."
-    net,n = self.net,len(items)
-    batch = dict(text=None, image=None, has_text=torch.tensor(['text' in self.seen(p) for p in items]),
-                 has_image=torch.tensor(['image' in self.seen(p) for p in items]))
-    if net.text: batch['text'] = net.text.collate(net.text.tokenize([p.title for p in items], [p.text for p in items]))
-    if net.image:
-        v = np.zeros((n, net.image.dim), 'float32')
-        new = [i for i,p in enumerate(items) if p.vector is None and p.pixels is not None]
-        if new: v[new] = encode_pixels(net.image, np.stack([items[i].pixels for i in new]))
-        for i,p in enumerate(items):
-            if p.vector is not None: v[i] = p.vector
-        batch['image'] = torch.from_numpy(v)
-    return net(batch).fused.softmax(1).numpy()
+    net,seen = self.net, [self.seen(p) for p in items]
+    batch = {k: torch.tensor([m in s for s in seen]) for k,m in (('has_text', 'text'), ('has_image', 'image'))}
+    batch |= self.read_texts([p.title for p in items], [p.text for p in items]) if batch['has_text'].any() else {
+        k: torch.from_numpy(v) for k,v in (blank(net, len(items)) if 'text' in self.modalities else {}).items()}
+    batch['has_description'] = torch.tensor([p.text != '' for p in items])
+    if net.image: batch['image'] = torch.from_numpy(self.read_pictures(items))
+    return net.answer(batch).softmax(1).numpy()
 
-# %% ../nbs/lib/16_predictor.ipynb #49b1e147
+# %% ../nbs/lib/16_predictor.ipynb #8f787157
+@patch
+def read_texts(self:Predictor,
+    titles:list[str],
+    texts:list[str],
+)->dict[str, torch.Tensor]: # `text` (B, Dt), and `linear` (B, K)
+    "Vectors and linear logits of texts."
+    net,parts,out = self.net, [], {}
+    if net.ngrams:
+        tokens = net.ngrams.tokenize(titles, texts)
+        parts.append(net.ngrams(tokens)); out['linear'] = net.linear(tokens)
+    if net.text is not None: parts.append(torch.from_numpy(net.text.encode(titles, texts)))
+    return out | dict(text=torch.cat(parts, 1))
+
+@patch
+def read_pictures(self:Predictor,
+    items:list[Prepared]
+)->np.ndarray: # (B, Di)
+    "Vectors of pictures, 0 where there is none."
+    v = np.zeros((len(items), self.net.image.dim), 'float32')
+    new = [i for i,p in enumerate(items) if p.vector is None and p.pixels is not None]
+    if new: v[new] = self.encode(np.stack([items[i].pixels for i in new]))
+    for i,p in enumerate(items):
+        if p.vector is not None: v[i] = p.vector
+    return v
+
+# %% ../nbs/lib/16_predictor.ipynb #60f944b6
 @patch
 def predict(self:Predictor,
     items:list[Prepared],
@@ -106,8 +129,9 @@ def predict(self:Predictor,
         out.append(Prediction(**top[0], top_k=top, modalities=self.seen(p)))
     return out
 
-# %% ../nbs/lib/16_predictor.ipynb #d8b369d8
+# %% ../nbs/lib/16_predictor.ipynb #7f1876ae
 @patch
+@torch.inference_mode()
 def probs_of(self:Predictor,
     rows:pd.DataFrame, # Columns title, text, image of a dataset
     images_dir:str|Path, # The dataset's image store
@@ -116,16 +140,13 @@ def probs_of(self:Predictor,
     progress:bool = True,
 )->np.ndarray: # (N, K) probabilities
     "Class probabilities of rows of a dataset."
-    vectors = {}
-    if self.net.image and 'image' in use:
-        names = [n for n in rows.image.unique() if n]
-        vectors = EmbeddingStore(store_dir, self.net.image, self.size).get(names, images_dir, progress=progress)
-    said = [(r.title, r.text) if 'text' in use else ('', '') for r in rows.itertuples()]
-    items = [Prepared(*s, vector=vectors.get(n)) for s,n in zip(said, rows.image)]
-    chunks = [items[i:i+256] for i in range(0, len(items), 256)]
-    return np.concatenate([self.probs(c) for c in tqdm(chunks, desc='predict', disable=not progress)])
+    if not len(rows): return np.zeros((0, len(self.codes)), np.float32)
+    ds = ProductDataset(rows, self.net, self.codes, images_dir, store_dir, self.encode, progress)
+    if set(use) != {'text', 'image'}: ds,_ = ds.view(*use)
+    batches = tqdm(ds.batches(), desc='predict', disable=not progress)
+    return np.concatenate([self.net.answer(b).softmax(1).numpy() for b in batches])
 
-# %% ../nbs/lib/16_predictor.ipynb #0f720c4a
+# %% ../nbs/lib/16_predictor.ipynb #d6ab9b14
 @patch
 def score(self:Predictor,
     rows:pd.DataFrame, # Columns title, text, image, prdtypecode
@@ -136,7 +157,7 @@ def score(self:Predictor,
     targets = np.array([index.get(c, -1) for c in rows.prdtypecode])
     return scores(self.probs_of(rows, images_dir, store_dir, use, progress), targets)
 
-# %% ../nbs/lib/16_predictor.ipynb #0745a2cf
+# %% ../nbs/lib/16_predictor.ipynb #b159010a
 def add_golden(
     bundle:str|Path,
     rows:pd.DataFrame, # Test rows: designation, description, image, prdtypecode
