@@ -86,7 +86,7 @@ def open_images(self:ProductDataset,
 )->EmbeddingStore:
     "The store of image vectors, filled; a picture that cannot be had counts as missing from here on."
     net,size = self.net, self.net.cfg.encoders.image_size
-    store = EmbeddingStore(store_dir, encoder_fingerprint(net.image, net.image.levels, size, str(fast_dtype())))
+    store = EmbeddingStore(store_dir, encoder_fingerprint(net.image, net.image.dim, size, str(fast_dtype())))
     store.fill_images(self.names, self.images_dir, size, encode or (lambda x: encode_pixels(net.image, x)), progress)
     self.has_image &= np.array([n in store.rows for n in self.names], bool)
     return store

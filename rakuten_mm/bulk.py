@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'prepare_row', 'output_row', 'write_rows', 'predict_file']
 
-# %% ../nbs/lib/16b_bulk.ipynb #55a9e290
-from concurrent.futures import ThreadPoolExecutor
+# %% ../nbs/lib/16b_bulk.ipynb #a6531e9d
 from pathlib import Path
 import pandas as pd, torch
 from tqdm import tqdm
 from .config import n_threads
 from .diff import write_csv
+from .embedding import ahead
 from .image import InvalidImage
 from .predictor import Prediction, Predictor, Prepared
 from .schema import image_name, read_listings
@@ -70,10 +70,8 @@ def predict_file(
     rows,count,lines = list(df.itertuples()), dict(rows=len(df), missing=0, invalid=0, empty=0), []
     batches = [rows[i:i+batch_size] for i in range(0, len(rows), batch_size)]
     prepare = lambda b: [prepare_row(model, r, Path(images)) for r in b]
-    with ThreadPoolExecutor(1) as pool, tqdm(total=len(rows), desc='predict', unit='product', disable=not progress) as bar:
-        todo = pool.submit(prepare, batches[0]) if batches else None
-        for i,b in enumerate(batches):
-            ready,todo = todo.result(), pool.submit(prepare, batches[i+1]) if i+1 < len(batches) else None
+    with tqdm(total=len(rows), desc='predict', unit='product', disable=not progress) as bar:
+        for b,ready in ahead(prepare, batches):
             for r,a,(_,problem) in zip(b, model.predict([p for p,_ in ready], 3), ready):
                 if problem: count[problem] += 1
                 lines.append(output_row(r.id, a, problem))

@@ -64,6 +64,8 @@ def save_bundle(
     codes:list[int], # Code of each class index
     names:dict[int, str], # Display name by code
     info:dict|None = None, # Provenance: data version, commit, seed, scores
+    triage:dict|None = None, # Thresholds of the lanes, from `Triage.to_dict`
+    graphs:dict[str, bytes]|None = None, # ONNX graphs by name, e.g. `image`
 )->Path:
     "Write `net` as a sealed bundle."
     dest = Path(dest); stage = dest.with_name(f'.{dest.name}-{os.getpid()}')
@@ -76,6 +78,8 @@ def save_bundle(
                   n_ngrams=len(net.ngrams.buckets) if net.ngrams else 0,
                   static=encoder_fingerprint(net.text) if isinstance(net.text, StaticEncoder) else '', info=info or {})
     (stage/'config.json').write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding='utf-8')
+    if triage: (stage/'triage.json').write_text(json.dumps(triage, indent=1))
+    for name,graph in (graphs or {}).items(): (stage/f'{name}.onnx').write_bytes(graph)
     seal(stage)
     shutil.rmtree(dest, ignore_errors=True)
     return stage.rename(dest)

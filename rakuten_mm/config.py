@@ -46,7 +46,7 @@ class NetworkConfig:
     "The experts and how they are fused."
     fusion:str = 'concat' # `concat`, `gated` or `attention`
     members:int = 5 # Networks, each trained without one fold of the listings; 1 trains one network on all of them
-    dim:int = 512 # Width of the hidden layers
+    dim:int = 256 # Width of the hidden layers
     dropout:float = 0.5 # Dropout before the last layer
     input_dropout:float = 0.2 # Dropout of the encoders' vectors
     modality_dropout:float = 0.2 # Chance of hiding the text, and of hiding the picture, from the fused expert
@@ -56,9 +56,10 @@ class NetworkConfig:
 @dataclass(frozen=True)
 class FitConfig:
     "Optimisation."
-    max_epochs:int = 25 # Epochs of the one-cycle schedule
-    batch_size:int = 128 # Listings per step and device
-    lr:float = 2e-3 # Peak learning rate
+    max_epochs:int = 20 # Epochs of the one-cycle schedule
+    min_steps:int = 300 # More epochs than that where the data is so small that they make fewer steps
+    batch_size:int = 256 # Listings per step and device
+    lr:float = 3e-3 # Peak learning rate
     weight_decay:float = 0.05 # AdamW weight decay
     label_smoothing:float = 0.1 # Share of the target that is spread over all classes
     class_balance:float = 0. # Loss weight of a class is its size to the power of minus this; 0 counts listings, 1 counts classes
@@ -68,7 +69,7 @@ class FitConfig:
     ema:float = 0. # Decay of the moving average of weights that is kept instead of the last ones; 0 keeps the last
     accumulate:int = 1 # Batches per optimiser step
     clip_norm:float = 1. # Largest norm of the gradient of fine-tuning
-    precision:str = '32-true' # Lightning's, e.g. `bf16-mixed` or `16-mixed`
+    precision:str = 'auto' # Lightning's, e.g. `bf16-mixed` or `16-mixed`; `auto` is bf16 where the CPU computes in it natively
     devices:int = 1 # Devices per node; -1 takes all
     num_nodes:int = 1 # Machines
     strategy:str = 'auto' # Lightning's, e.g. `ddp_notebook`
@@ -110,7 +111,7 @@ _gpu = TrainConfig(
     EncoderConfig(ngrams=True, text='hf:almanach/camembert-base', image='timm:convnext_large.fb_in22k_ft_in1k', image_size=500, image_levels=False,
                   max_tokens=256, train_text=True, train_image=True),
     NetworkConfig(members=1, dim=1024, dropout=.2, input_dropout=0., modality_dropout=.1),
-    FitConfig(max_epochs=8, batch_size=16, accumulate=2, lr=1e-4, encoder_lr=2e-5, weight_decay=.01, ema=.999, precision='bf16-mixed',
+    FitConfig(max_epochs=8, min_steps=0, batch_size=16, accumulate=2, lr=1e-4, encoder_lr=2e-5, weight_decay=.01, ema=.999, precision='bf16-mixed',
               devices=-1, num_workers=8))
 PRESETS = {
     'cpu': _cpu,
@@ -120,7 +121,7 @@ PRESETS = {
     'cpu-attention': replace(_cpu, network=NetworkConfig(fusion='attention')),
     'gpu-camembert-convnext': _gpu,
     'smoke': TrainConfig(EncoderConfig(text=None, image_size=64, ngram_features=5_000, ngram_dim=32), NetworkConfig(members=2, dim=64),
-                         FitConfig(max_epochs=6, batch_size=64, lr=5e-3)),
+                         FitConfig(max_epochs=6, min_steps=0, batch_size=64, lr=5e-3)),
 }
 
 # %% ../nbs/lib/00_config.ipynb #2df2813a

@@ -69,7 +69,7 @@ class ImageEncoder(nn.Module):
         self.architecture,self.levels = architecture,levels
         self.model = timm.create_model(architecture, pretrained=False, num_classes=0).to(memory_format=torch.channels_last)
         self.dim = self.model.num_features
-        if levels: self.dim = 2*self.dim+sum(f['num_chs'] for f in self.model.feature_info[-3:])
+        if levels: self.dim += sum(f['num_chs'] for f in self.model.feature_info[-3:])
         for name,v in (('mean', mean), ('std', std)): self.register_buffer(name, 255*torch.tensor(v).view(1, 3, 1, 1))
 
 # %% ../nbs/lib/09_encoders.ipynb #54347d9d
@@ -81,7 +81,7 @@ def forward(self:ImageEncoder,
     x = (pixels.permute(0, 3, 1, 2)-self.mean)/self.std
     if not self.levels: return self.model(x)
     last,stages = self.model.forward_intermediates(x)
-    return torch.cat([self.model.forward_head(last), last.amax((2, 3)), *(s.mean((2, 3)) for s in stages[-3:])], 1)
+    return torch.cat([self.model.forward_head(last), *(s.mean((2, 3)) for s in stages[-3:])], 1)
 
 # %% ../nbs/lib/09_encoders.ipynb #1cdd0050
 def package_weights()->dict[str, Tensor]: # State dict in timm's names

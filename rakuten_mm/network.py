@@ -39,7 +39,7 @@ class Concat(nn.Module):
     "One hidden layer over both vectors: text (B, Dt), image (B, Di), masks (B, 1)."
     def __init__(self, text_dim:int, image_dim:int, n_classes:int, cfg:NetworkConfig):
         super().__init__()
-        self.text,self.image = (nn.Sequential(nn.Dropout(cfg.input_dropout), nn.Linear(d, cfg.dim)) if d else None for d in (text_dim, image_dim))
+        self.text,self.image = (nn.Linear(d, cfg.dim) if d else None for d in (text_dim, image_dim))
         self.out = nn.Sequential(nn.LayerNorm(cfg.dim), nn.GELU(), nn.Dropout(cfg.dropout), nn.Linear(cfg.dim, n_classes))
 
     def hidden(self, text:Tensor|None, image:Tensor|None, has_text:Tensor, has_image:Tensor)->tuple[Tensor, Tensor]:
@@ -49,7 +49,8 @@ class Concat(nn.Module):
 
     def forward(self, *batch)->Tensor: # (B, K)
         "Logits."
-        return self.out(sum(self.hidden(*batch)))
+        t,i = self.hidden(*batch)
+        return self.out(t+i)
 
 # %% ../nbs/lib/11_network.ipynb #294c1865
 class Gated(Concat):
@@ -82,7 +83,7 @@ class Attention(Concat):
         parts = [h.reshape(len(h), self.tokens, -1) for h in self.hidden(text, image, has_text, has_image)]  # (B, T, W)
         null = self.null.expand(len(text), -1, -1)
         seen = [self.look(a, k := torch.cat([b, null], 1), k, need_weights=False)[0] for a,b in (parts, parts[::-1])]
-        return self.out(sum(p+s for p,s in zip(parts, seen)).flatten(1))
+        return self.out((parts[0]+seen[0]+parts[1]+seen[1]).flatten(1))
 
 # %% ../nbs/lib/11_network.ipynb #851b81fc
 class Member(nn.Module):
@@ -145,7 +146,8 @@ def vectors(self:MultimodalNet, batch:dict)->dict[str, Tensor]: # Scaled `text` 
         if 'tokens' in batch: v = torch.cat([v, self.text(batch['tokens'])], 1)
         out['text'] = self.scale['text'](v)
     if 'image' in self.scale: out['image'] = self.scale['image'](self.image(batch['pixels']) if 'pixels' in batch else batch['image'])
-    return out
+    p = self.cfg.network.input_dropout
+    return {m: nn.functional.dropout(v, p, self.training) for m,v in out.items()}  # once for all members: random numbers are slow
 
 @patch
 def forward(self:MultimodalNet, batch:dict)->Tensor: # (M, E, B, K)

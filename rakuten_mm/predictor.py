@@ -18,6 +18,7 @@ from .embedding import encode_pixels
 from .image import decode_image, to_square
 from .metrics import scores
 from .text import clean_text
+from .triage import Triage
 
 # %% ../nbs/lib/16_predictor.ipynb #47b51f22
 @dataclass
@@ -36,6 +37,8 @@ class Prediction:
     probability:float
     top_k:list[dict] # prdtypecode, label, probability; best first
     modalities:list[str] # Parts of the listing that were used
+    lane:str = 'review' # `auto`, `review` or `reject`; everything is reviewed by a model without thresholds
+    candidates:list[int]|None = None # Codes that a reviewer should choose from, best first, in the review lane
 
 # %% ../nbs/lib/16_predictor.ipynb #baf897c9
 class Predictor:
@@ -43,8 +46,9 @@ class Predictor:
     def __init__(self,
         net, # `MultimodalNet` in evaluation mode
         config:dict, # config.json of the bundle
+        triage:Triage|None = None, # Thresholds of the lanes
     ):
-        self.net,self.config,self.codes = net,config,config['codes']
+        self.net,self.config,self.codes,self.triage = net,config,config['codes'],triage
         self.names = {int(c): n for c,n in config['names'].items()}
         self.modalities,self.size = net.cfg.modalities, net.cfg.encoders.image_size
         self.encode = lambda pixels: encode_pixels(net.image, pixels)
@@ -54,7 +58,9 @@ class Predictor:
         bundle:str|Path # A sealed bundle
     )->'Predictor':
         "The predictor of a bundle; raises `BundleError`."
-        return cls(*load_bundle(bundle))
+        net,config = load_bundle(bundle)
+        path = Path(bundle, 'triage.json')
+        return cls(net, config, Triage.from_dict(json.loads(path.read_text())) if path.exists() else None)
 
 # %% ../nbs/lib/16_predictor.ipynb #abf987b0
 @patch
@@ -123,10 +129,14 @@ def predict(self:Predictor,
     top_k:int = 3, # Categories per answer, at most the number of classes
 )->list[Prediction]:
     "Ranked categories of prepared listings, in their order."
-    out = []
-    for p,row in zip(items, self.probs(items) if items else []):
+    if not items: return []
+    probs,out = self.probs(items), []
+    lanes = self.triage.lanes(probs) if self.triage else ['review']*len(items)
+    sets = self.triage.sets(probs) if self.triage else [None]*len(items)
+    for p,row,lane,some in zip(items, probs, lanes, sets):
         top = [dict(prdtypecode=self.codes[i], label=self.names[self.codes[i]], probability=float(row[i])) for i in np.argsort(-row, kind='stable')[:top_k]]
-        out.append(Prediction(**top[0], top_k=top, modalities=self.seen(p)))
+        short = [self.codes[i] for i in some] if lane == 'review' and some is not None else None
+        out.append(Prediction(**top[0], top_k=top, modalities=self.seen(p), lane=str(lane), candidates=short))
     return out
 
 # %% ../nbs/lib/16_predictor.ipynb #7f1876ae

@@ -20,11 +20,13 @@ from .classifier import ProductClassifier
 from .config import TrainConfig, artifacts_dir, n_threads, single_modality
 from .dataset import Dataset
 from .datamodule import ProductDataModule
+from .embedding import fast_dtype
 from .metrics import scores
 from .network import MultimodalNet, build_network
 from .predictor import Predictor, add_golden
 from .stacking import STATES, state_of
 from .tracking import EXPERIMENT, git_commit, log_provenance, tracked_run, tracking_uri
+from .triage import Triage, fit_triage
 
 # %% ../nbs/lib/18_training.ipynb #9fbb3e20
 @dataclass
@@ -35,6 +37,7 @@ class Fitted:
     names:dict[int, str]
     history:pd.DataFrame # One row an epoch
     val:dict[str, float] # Scores on the validation split
+    triage:Triage # Lanes, set on the validation split
     oof:pd.DataFrame # productid, and out-of-fold probabilities of the training listings as `p_<code>`; empty with one member
     seconds:float # Wall time, embedding included
 
@@ -55,18 +58,20 @@ def make_trainer(
     out_dir:Path,
     run_id:str, # MLflow run, or empty
     progress:bool,
+    epochs:int, # To train for
 )->pl.Trainer:
     "A trainer that keeps the last two checkpoints."
     for name in ('pytorch_lightning', 'lightning.pytorch', 'pytorch_lightning.utilities.rank_zero'): logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings('ignore', message='.*does not have many workers.*|.*number of training batches.*|.*directory .* exists.*|.*in eval mode at the start.*')
     warnings.filterwarnings('ignore', message='.*LeafSpec.*')  # Lightning's, about PyTorch
-    f,every = cfg.fit, 1 if cfg.fine_tunes else max(1, cfg.fit.max_epochs//5)
+    f,every = cfg.fit, 1 if cfg.fine_tunes else max(1, epochs//5)
     callbacks = [ModelCheckpoint(out_dir/'checkpoints', '{epoch:04d}', monitor='epoch', mode='max', save_top_k=2, every_n_epochs=every)]
     if f.ema: callbacks.append(EMAWeightAveraging(decay=f.ema))
     if progress: callbacks.append(EpochBar(refresh_rate=20))
+    precision = ('bf16-mixed' if fast_dtype() == torch.bfloat16 else '32-true') if f.precision == 'auto' else f.precision
     loggers = [CSVLogger(out_dir, name='', version='history')]
     if run_id: loggers.append(LentRunLogger(EXPERIMENT, tracking_uri=tracking_uri(), run_id=run_id))
-    return pl.Trainer(max_epochs=f.max_epochs, accelerator=f.accelerator, devices=f.devices, num_nodes=f.num_nodes, strategy=f.strategy, precision=f.precision,
+    return pl.Trainer(max_epochs=epochs, accelerator=f.accelerator, devices=f.devices, num_nodes=f.num_nodes, strategy=f.strategy, precision=precision,
                       accumulate_grad_batches=f.accumulate, gradient_clip_val=f.clip_norm if cfg.fine_tunes else None, logger=loggers, callbacks=callbacks,
                       default_root_dir=out_dir, enable_progress_bar=progress, enable_model_summary=False, log_every_n_steps=1, num_sanity_val_steps=0,
                       use_distributed_sampler=False)
@@ -161,11 +166,13 @@ def fit(
     history = run_epochs(net, dm, cfg, out_dir, seed, run_id, progress, data.manifest['version'])
     net.cpu().eval().requires_grad_(False)
     fit_stack(net, *dm.splits.values())
-    val = scores(answers(net, dm.splits['val']), dm.splits['val'].targets)
-    check_learnt(val['f1_weighted'], dm.splits['val'].targets)
+    probs,targets = answers(net, dm.splits['val']), dm.splits['val'].targets
+    val = scores(probs, targets)
+    check_learnt(val['f1_weighted'], targets)
+    triage = fit_triage(probs, targets, df[df.split == 'val'].group.to_numpy())
     oof = pd.DataFrame(answers(net, dm.splits['train'], True), columns=[f'p_{c}' for c in codes]) if cfg.network.members > 1 else pd.DataFrame()
     if len(oof): oof.insert(0, 'productid', train.productid.to_numpy())
-    return Fitted(net, codes, {int(c): n for c,n in data.manifest['names'].items()}, history, val, oof, time.perf_counter()-start)
+    return Fitted(net, codes, {int(c): n for c,n in data.manifest['names'].items()}, history, val, triage, oof, time.perf_counter()-start)
 
 # %% ../nbs/lib/18_training.ipynb #18c6dd06
 def run_epochs(net:MultimodalNet, dm:ProductDataModule, cfg:TrainConfig, out_dir:Path, seed:int, run_id:str, progress:bool, data_version:str)->pd.DataFrame:
@@ -173,7 +180,8 @@ def run_epochs(net:MultimodalNet, dm:ProductDataModule, cfg:TrainConfig, out_dir
     checkpoint,log = resume_from(out_dir, run_key(cfg, seed, data_version)), out_dir/'history'/'metrics.csv'
     before = pd.read_csv(log) if checkpoint and log.exists() else pd.DataFrame()
     sizes = torch.from_numpy(np.bincount(dm.splits['train'].targets, minlength=net.n_classes))
-    make_trainer(cfg, out_dir, run_id, progress).fit(ProductClassifier(net, sizes, seed), dm, ckpt_path=checkpoint, weights_only=True)
+    epochs = max(cfg.fit.max_epochs, -(-cfg.fit.min_steps//len(dm.train_dataloader())))
+    make_trainer(cfg, out_dir, run_id, progress, epochs).fit(ProductClassifier(net, sizes, seed), dm, ckpt_path=checkpoint, weights_only=True)
     shutil.rmtree(out_dir/'checkpoints', ignore_errors=True)
     history = pd.concat([before, pd.read_csv(log)]).groupby('epoch').last().reset_index()
     history.to_csv(log, index=False)
@@ -206,7 +214,7 @@ def export(
 )->Path: # The bundle
     "Seal a trained network with its provenance and golden products of the test split."
     info = dict(data_version=data.manifest['version'], git_commit=git_commit(), seed=seed, val=fitted.val)
-    bundle = save_bundle(Path(out_dir)/'bundle', fitted.net, fitted.codes, fitted.names, info)
+    bundle = save_bundle(Path(out_dir)/'bundle', fitted.net, fitted.codes, fitted.names, info, fitted.triage.to_dict())
     test = data.products[data.products.split == 'test']
     read = fitted.net.cfg.modalities
     usable = (test.title.ne('') | test.text.ne('')) & ('text' in read) | test.image.ne('') & ('image' in read)

@@ -34,7 +34,9 @@ def test_train_then_evaluate(data_dir, tmp_path):
     assert res['version'] >= 1 and 0 < scores['test']['f1_weighted'] <= 1
     client = mlflow_client()
     assert {a.path for a in client.list_artifacts(run, 'notebooks')} == {f'notebooks/{n}.{s}' for n in ('train', 'evaluate') for s in ('ipynb', 'html')}
-    assert {a.path for a in client.list_artifacts(run, 'evaluation')} == {f'evaluation/{f}' for f in ('scores.csv', 'class_report.csv', 'confusion.png')}
+    assert {a.path for a in client.list_artifacts(run, 'evaluation')} == {f'evaluation/{f}' for f in
+        ('scores.csv', 'class_report.csv', 'confusion.png', 'slices.csv', 'shortcuts.csv', 'reliability.png')}
+    assert {'ece', 'intervals', 'states', 'shortcuts'} <= scores.keys() and scores['shortcuts']['ids shuffled']['answers_changed'] == 0
     logged = client.get_run(run).data
     assert logged.metrics['test/f1_weighted'] == pytest.approx(scores['test']['f1_weighted'])
     assert logged.params['seed'] == '42' and {'data_version', 'git_commit'} <= logged.tags.keys()
