@@ -16,6 +16,7 @@ from .embedding import EmbeddingStore, encode_pixels, fast_dtype
 from .encoders import encoder_fingerprint
 from .image import InvalidImage, load_square
 from .network import MultimodalNet
+from .runtime import PixelEncoder
 
 # %% ../nbs/lib/11b_batches.ipynb #26a28bef
 class TextReader:
@@ -60,7 +61,7 @@ class ProductDataset(torch.utils.data.Dataset):
         codes:list[int], # Sorted codes; a class is an index into this list
         images_dir:str|Path, # The dataset's image store
         store_dir:str|Path, # Where vectors are kept
-        encode=None, # Pixels (B, H, W, 3) to vectors (B, Di); the network's image encoder if left out
+        encode:PixelEncoder|None = None, # Runtime of the image encoder; PyTorch if left out
         progress:bool = True,
     ):
         e,self.net,self.images_dir = net.cfg.encoders, net, Path(images_dir)
@@ -81,12 +82,12 @@ class ProductDataset(torch.utils.data.Dataset):
 # %% ../nbs/lib/11b_batches.ipynb #02d2fbb2
 @patch
 def open_images(self:ProductDataset,
-    encode, # Pixels to vectors, or None
+    encode:PixelEncoder|None,
     store_dir, progress:bool,
 )->EmbeddingStore:
     "The store of image vectors, filled; a picture that cannot be had counts as missing from here on."
     net,size = self.net, self.net.cfg.encoders.image_size
-    store = EmbeddingStore(store_dir, encoder_fingerprint(net.image, net.image.dim, size, str(fast_dtype())))
+    store = EmbeddingStore(store_dir, encoder_fingerprint(net.image, net.image.dim, size, encode.name if encode else str(fast_dtype())))
     store.fill_images(self.names, self.images_dir, size, encode or (lambda x: encode_pixels(net.image, x)), progress)
     self.has_image &= np.array([n in store.rows for n in self.names], bool)
     return store

@@ -34,7 +34,7 @@ def prepare_row(
     except ValueError: return Prepared(), 'empty'
 
 # %% ../nbs/lib/16b_bulk.ipynb #00a1a496
-COLUMNS = ['id', 'prdtypecode', 'probability', 'top_2', 'top_3']
+COLUMNS = ['id', 'prdtypecode', 'probability', 'top_2', 'top_3', 'lane']
 
 def output_row(
     id:int,
@@ -44,7 +44,7 @@ def output_row(
     "One line of the predictions file; only the id where there was nothing to read."
     if problem == 'empty': return dict(id=id)
     codes = [t['prdtypecode'] for t in answer.top_k]+[None, None]
-    return dict(zip(COLUMNS, (id, codes[0], round(answer.probability, 6), codes[1], codes[2])))
+    return dict(zip(COLUMNS, (id, codes[0], round(answer.probability, 6), codes[1], codes[2], answer.lane)))
 
 # %% ../nbs/lib/16b_bulk.ipynb #16195afc
 def write_rows(
@@ -60,7 +60,7 @@ def predict_file(
     bundle:str, # Folder or `models:/…` address
     products:Path, # CSV in the format of X_test_update.csv
     images:Path, # Folder of its pictures
-    out:Path, # CSV to write: id, prdtypecode, probability, top_2, top_3
+    out:Path, # CSV to write: id, prdtypecode, probability, top_2, top_3, lane
     batch_size:int = 64,
     progress:bool = True,
 )->dict[str, int]: # Rows, and rows with each kind of problem

@@ -33,6 +33,7 @@ class EncoderConfig:
     max_tokens:int = 128 # Longest token sequence of a transformer
     text_prefix:str = '' # What a transformer wants before each text, e.g. `query: ` for e5
     train_image:bool = False # Fine-tune the image encoder; otherwise it runs once per picture
+    runtimes:str = 'eager-bf16 onnx onnx-int8' # What export measures beside PyTorch in float32
     train_text:bool = False # Fine-tune the transformer; otherwise it runs once per text
 
     @property
@@ -45,7 +46,7 @@ class EncoderConfig:
 class NetworkConfig:
     "The experts and how they are fused."
     fusion:str = 'concat' # `concat`, `gated` or `attention`
-    members:int = 5 # Networks, each trained without one fold of the listings; 1 trains one network on all of them
+    members:int = 8 # Networks, each trained without one fold of the listings; 1 trains one network on all of them
     dim:int = 256 # Width of the hidden layers
     dropout:float = 0.5 # Dropout before the last layer
     input_dropout:float = 0.2 # Dropout of the encoders' vectors
@@ -120,7 +121,7 @@ PRESETS = {
     'cpu-gated': replace(_cpu, network=NetworkConfig(fusion='gated')),
     'cpu-attention': replace(_cpu, network=NetworkConfig(fusion='attention')),
     'gpu-camembert-convnext': _gpu,
-    'smoke': TrainConfig(EncoderConfig(text=None, image_size=64, ngram_features=5_000, ngram_dim=32), NetworkConfig(members=2, dim=64),
+    'smoke': TrainConfig(EncoderConfig(text=None, image_size=64, runtimes='onnx', ngram_features=5_000, ngram_dim=32), NetworkConfig(members=2, dim=64),
                          FitConfig(max_epochs=6, min_steps=0, batch_size=64, lr=5e-3)),
 }
 

@@ -17,6 +17,7 @@ from .config import n_threads
 from .dataset import Dataset
 from .network import MultimodalNet
 from .ngrams import LinearExpert
+from .runtime import PixelEncoder
 
 # %% ../nbs/lib/12_datamodule.ipynb #c2aa4a28
 def deal_folds(
@@ -63,7 +64,7 @@ class ProductDataModule(pl.LightningDataModule):
         codes:list[int], # Code of each class index
         store_dir, # Where vectors are kept
         seed:int = 42, # Of folds and of the order of training listings
-        encode=None, # Pixels to image vectors; the network's encoder if left out
+        encode:PixelEncoder|None = None, # Runtime of the image encoder; PyTorch if left out
         progress:bool = True,
     ):
         super().__init__()

@@ -14,9 +14,9 @@ from fastcore.basics import patch
 from tqdm import tqdm
 from .bundle import load_bundle, seal
 from .batches import ProductDataset, blank
-from .embedding import encode_pixels
 from .image import decode_image, to_square
 from .metrics import scores
+from .runtime import Eager, PixelEncoder, Session
 from .text import clean_text
 from .triage import Triage
 
@@ -51,7 +51,7 @@ class Predictor:
         self.net,self.config,self.codes,self.triage = net,config,config['codes'],triage
         self.names = {int(c): n for c,n in config['names'].items()}
         self.modalities,self.size = net.cfg.modalities, net.cfg.encoders.image_size
-        self.encode = lambda pixels: encode_pixels(net.image, pixels)
+        self.encode = PixelEncoder(Eager(net.image), 'eager') if net.image else None
 
     @classmethod
     def load(cls,
@@ -59,8 +59,11 @@ class Predictor:
     )->'Predictor':
         "The predictor of a bundle; raises `BundleError`."
         net,config = load_bundle(bundle)
-        path = Path(bundle, 'triage.json')
-        return cls(net, config, Triage.from_dict(json.loads(path.read_text())) if path.exists() else None)
+        path,graphs = Path(bundle, 'triage.json'), {n: Path(bundle, f'{n}.onnx') for n in ('image', 'text')}
+        model = cls(net, config, Triage.from_dict(json.loads(path.read_text())) if path.exists() else None)
+        if graphs['image'].exists(): model.encode = PixelEncoder(Session.from_bytes(graphs['image'].read_bytes()), config['info']['runtime']['image'])
+        if graphs['text'].exists(): net.text.run = Session.from_bytes(graphs['text'].read_bytes())
+        return model
 
 # %% ../nbs/lib/16_predictor.ipynb #abf987b0
 @patch

@@ -55,6 +55,8 @@ class PredictResponse(Category):
     prediction_id:str = Field(description='Names this answer, for feedback')
     top_k:list[Category] = Field(description='Best first')
     modalities:list[Literal['text', 'image']] = Field(description='Parts of the listing that were used')
+    lane:Literal['auto', 'review', 'reject'] = Field(description='File it, have a person look, or ask the seller for a better title or photo')
+    candidates:list[int]|None = Field(None, description='In the review lane: codes to choose from, best first')
     model_version:str = Field(description='Registered version that answered')
 
 
