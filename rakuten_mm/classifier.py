@@ -29,6 +29,8 @@ class ProductClassifier(pl.LightningModule):
         self.net,self.cfg,self.seed = net,net.cfg,seed
         self.metrics = MetricCollection({f'f1_{a}': MulticlassF1Score(net.n_classes, average=a) for a in ('weighted', 'macro')}, prefix='val/')
         self.register_buffer('class_weight', balance(class_sizes, self.cfg.fit.class_balance), persistent=False)
+        pooler = getattr(getattr(net.text, 'model', None), 'pooler', None)
+        if pooler is not None: pooler.requires_grad_(False)  # unused, since tokens are averaged; several processes must agree on what is trained
 
 # %% ../nbs/lib/14_classifier.ipynb #a686dcc4
 def balance(
@@ -57,14 +59,21 @@ def losses(self:ProductClassifier,
     use = (~own[:, None] & has[None]).to(each.dtype)
     return (each*use).sum(2)/use.sum(2).clamp(min=1)
 
-# %% ../nbs/lib/14_classifier.ipynb #2a527b84
+# %% ../nbs/lib/14_classifier.ipynb #843ff1c9
+@patch
+def check_finite(self:ProductClassifier, loss:Tensor, what:str):
+    "Raises `FloatingPointError` if `loss` is no number."
+    f = self.cfg.fit
+    if not torch.isfinite(loss): raise FloatingPointError(
+        f'the {what} loss is {loss.item()}; lower the learning rate (lr={f.lr}, encoder_lr={f.encoder_lr}), or delete the stored vectors if they are damaged')
+
 @patch
 def training_step(self:ProductClassifier, batch:dict, batch_idx:int)->Tensor:
     "Sum of the experts' losses on one batch."
     each = self.losses(self.net(batch), batch)
     loss = each.mean() if self.cfg.fine_tunes else each.sum()
-    if not torch.isfinite(loss): raise FloatingPointError(f'the loss is {loss.item()}; lower the learning rate (lr={self.cfg.fit.lr}, encoder_lr={self.cfg.fit.encoder_lr})')
-    self.log('train/loss', each.detach().mean(), prog_bar=True, on_step=False, on_epoch=True, batch_size=len(batch['target']))
+    self.check_finite(loss, 'training')
+    self.log('train/loss', each.detach().mean(), prog_bar=True, on_step=False, on_epoch=True, batch_size=len(batch['target']), sync_dist=True)
     return loss
 
 @patch
@@ -72,7 +81,9 @@ def validation_step(self:ProductClassifier, batch:dict, batch_idx:int):
     "Loss of the experts, and F1 of the members' average, on one validation batch."
     logits = self.net(batch)
     alone = batch | dict(fold=torch.full_like(batch['fold'], -1))
-    self.log('val/loss', self.losses(logits, alone).mean(), batch_size=len(batch['target']))
+    loss = self.losses(logits, alone).mean()
+    self.check_finite(loss, 'validation')
+    self.log('val/loss', loss, batch_size=len(batch['target']), sync_dist=True)
     self.metrics.update(logits.mean(0)[-1], batch['target'])
     self.log_dict(self.metrics, prog_bar=True, batch_size=len(batch['target']))
 
@@ -113,7 +124,13 @@ def configure_optimizers(self:ProductClassifier):
     fast = [p for p in self.parameters() if p.requires_grad and id(p) not in taken]
     groups = [dict(params=[p for p in fast if (p.ndim > 1) == decayed], lr=f.lr, weight_decay=f.weight_decay*decayed) for decayed in (True, False)]+slow
     groups = [g for g in groups if g['params']]
-    opt = torch.optim.AdamW(groups, fused=all(p.device.type in ('cpu', 'cuda') for p in fast))
+    opt = torch.optim.AdamW(groups, fused=self.trainer.precision != '16-mixed' and all(p.device.type in ('cpu', 'cuda') for p in fast))
     steps = max(int(self.trainer.estimated_stepping_batches), 2)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, [g['lr'] for g in groups], total_steps=steps+1)
     return dict(optimizer=opt, lr_scheduler=dict(scheduler=sched, interval='step'))
+
+# %% ../nbs/lib/14_classifier.ipynb #4e45aae4
+@patch
+def configure_gradient_clipping(self:ProductClassifier, optimizer, gradient_clip_val:float|None = None, gradient_clip_algorithm:str|None = None):
+    "Clip the norm of all gradients together."
+    if gradient_clip_val: nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g['params']], gradient_clip_val)

@@ -71,12 +71,19 @@ class ProductDataModule(pl.LightningDataModule):
         self.data,self.net,self.codes,self.store_dir,self.seed,self.encode,self.progress = data,net,codes,store_dir,seed,encode,progress
         self.cfg,self.splits = net.cfg,{}
 
+    @property
+    def place(self)->tuple[int, int]:
+        "Number of processes, and which of them this is."
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
 # %% ../nbs/lib/12_datamodule.ipynb #71581028
 @patch
 def setup(self:ProductDataModule,
     stage:str|None = None # Ignored: both splits are made at once
 ):
     "Embed and count."
+    launcher = self.trainer.strategy.launcher if self.trainer else None
+    if launcher and launcher.is_interactive_compatible: torch.set_num_threads(1)  # it forks
     if self.splits: return
     df,net = self.data.products, self.net
     rows = {s: df[df.split == s] for s in ('train', 'val')}
@@ -101,12 +108,16 @@ def fit_scale(self:ProductDataModule, train:ProductDataset, max_rows:int = 20_00
 # %% ../nbs/lib/12_datamodule.ipynb #da55d8ec
 @patch
 def train_dataloader(self:ProductDataModule)->DataLoader:
-    "Training batches."
-    world,rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+    "Training batches of this process."
+    world,rank = self.place
     sampler = EpochSampler(len(self.splits['train']), self.cfg.fit.batch_size, self.seed, rank, world)
-    return DataLoader(self.splits['train'], sampler=sampler, batch_size=None, num_workers=self.cfg.fit.num_workers)
+    own = torch.Generator().manual_seed(self.seed)  # a loader draws a number as it starts; the epoch's random numbers must not notice
+    return DataLoader(self.splits['train'], sampler=sampler, batch_size=None, num_workers=self.cfg.fit.num_workers, generator=own)
 
 @patch
 def val_dataloader(self:ProductDataModule)->DataLoader:
-    "Validation batches."
-    return self.splits['val'].batches()
+    "Validation batches of this process: each listing is one process's, and all have as many batches."
+    (world,rank),n,f = self.place, len(self.splits['val']), self.cfg.fit
+    own = np.arange(rank, n, world) if n >= world else np.arange(n)
+    size = 4*f.batch_size if self.cfg.fine_tunes else 256
+    return DataLoader(self.splits['val'], sampler=np.array_split(own, -(-n//(size*world))), batch_size=None, num_workers=f.num_workers)
