@@ -98,6 +98,7 @@ def setup(self:ProductDataModule,
     val = ProductDataset(rows['val'], net, self.codes, self.data.images_dir, self.store_dir, self.encode, self.progress)
     self.splits = dict(train=train, val=val)
 
+# %% ../nbs/lib/12_datamodule.ipynb #bed3fa38
 @patch
 def fit_scale(self:ProductDataModule, train:ProductDataset, max_rows:int = 20_000):
     "Mean and deviation of the vectors of frozen encoders."
@@ -105,7 +106,7 @@ def fit_scale(self:ProductDataModule, train:ProductDataset, max_rows:int = 20_00
     if 'text' in self.net.scale and not self.cfg.encoders.train_text: self.net.scale['text'].fit(torch.from_numpy(train.full.vectors(some[train.has_text[some]])))
     if train.images: self.net.scale['image'].fit(torch.from_numpy(train.images.take([train.names[i] for i in some if train.has_image[i]])))
 
-# %% ../nbs/lib/12_datamodule.ipynb #da55d8ec
+# %% ../nbs/lib/12_datamodule.ipynb #24e85dce
 @patch
 def train_dataloader(self:ProductDataModule)->DataLoader:
     "Training batches of this process."

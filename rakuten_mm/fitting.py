@@ -203,6 +203,7 @@ def run_epochs(net:MultimodalNet, dm:ProductDataModule, cfg:TrainConfig, out_dir
     history.to_csv(log, index=False)
     return history
 
+# %% ../nbs/lib/17b_fitting.ipynb #2215c9f5
 def earlier_epochs(
     log:Path, # History that the logger is about to replace
     resumes:bool, # Whether a run goes on; otherwise what is there belongs to another
@@ -216,7 +217,7 @@ def earlier_epochs(
     write_atomic(kept, out.to_csv(index=False).encode())
     return out
 
-# %% ../nbs/lib/17b_fitting.ipynb #24a72362
+# %% ../nbs/lib/17b_fitting.ipynb #5f1f0820
 def check_trainable(
     df:pd.DataFrame # Products with columns split, prdtypecode
 ):

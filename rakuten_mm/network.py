@@ -107,7 +107,7 @@ class Member(nn.Module):
         shown = hide(has_text, has_image, self.p) if self.training else (has_text, has_image)
         return torch.stack([e(text, image, *(shown if name == 'fused' else (has_text, has_image))) for name,e in self.experts.items()])
 
-# %% ../nbs/lib/11_network.ipynb #7f588ecd
+# %% ../nbs/lib/11_network.ipynb #f377eb58
 def hide(
     has_text:Tensor, # (B, 1)
     has_image:Tensor, # (B, 1)
@@ -117,7 +117,7 @@ def hide(
     u,both = torch.rand_like(has_text), has_text*has_image
     return has_text-both*(u < p), has_image-both*(u > 1-p)
 
-# %% ../nbs/lib/11_network.ipynb #3cceb756
+# %% ../nbs/lib/11_network.ipynb #85089fb5
 class MultimodalNet(nn.Module):
     "Encoders, members, the linear expert, and the stack that weighs them."
     def __init__(self,
@@ -136,7 +136,7 @@ class MultimodalNet(nn.Module):
         self.linear = LinearExpert(len(ngrams.buckets), n_classes) if ngrams else None
         self.stack = Stack(['linear']*bool(ngrams)+list(self.members[0].experts))
 
-# %% ../nbs/lib/11_network.ipynb #ec1f1841
+# %% ../nbs/lib/11_network.ipynb #6ada1324
 @patch
 def vectors(self:MultimodalNet, batch:dict)->dict[str, Tensor]: # Scaled `text` (B, Dt) and `image` (B, Di)
     "Vectors of a batch, from its vectors, tokens or pixels."
@@ -163,7 +163,7 @@ def answer(self:MultimodalNet, batch:dict)->Tensor: # (B, K)
     if self.linear: experts = torch.cat([batch['linear'].unsqueeze(0), experts])
     return self.stack(experts, state_of(batch['has_text'], batch['has_image'], batch['has_description']))
 
-# %% ../nbs/lib/11_network.ipynb #0b65df0b
+# %% ../nbs/lib/11_network.ipynb #b7fd6510
 def build_network(
     cfg:TrainConfig,
     titles:list[str], # Clean titles of the training split

@@ -38,10 +38,10 @@ from rakuten_mm.config import EncoderConfig, artifacts_dir, load_environment, n_
 from rakuten_mm.dataset import Dataset
 from rakuten_mm.embedding import EmbeddingStore, encode_pixels
 from rakuten_mm.encoders import encoder_fingerprint, hf_encoder, image_encoder
+from rakuten_mm.fitting import answers, expert_logits, fit
 from rakuten_mm.ingestion import ingest
 from rakuten_mm.reliability import ece
 from rakuten_mm.stacking import STATES
-from rakuten_mm.fitting import answers, expert_logits, fit
 from rakuten_mm.triage import resample_promise
 
 
@@ -129,7 +129,7 @@ def ours(data:Dataset, cfg, codes:list[int], seed:int, out_dir:Path)->dict:
     for s in ('text', 'image'):
         logits,rows = expert_logits(net, test, s, False)
         score = lambda z,y=test.targets[rows]: f1_score(y, z.argmax(1), average='weighted')
-        experts = dict(zip(net.stack.names, map(score, logits)))
+        experts = dict(zip(net.stack.names, map(score, logits), strict=True))
         f1[f'{s}_only'] = score(np.tensordot(net.stack.weights[STATES.index(s)].numpy(), logits, 1))
         f1[f'{s}_expert'] = max(experts[n] for n in (('linear', 'text') if s == 'text' else ('image',)) if n in experts)
     probs = np.zeros((len(test), len(codes)))
@@ -197,12 +197,13 @@ def report(args, df:pd.DataFrame, pool:dict, n:int, e5)->dict:
         part = [np.concatenate([p[i] for p in pool[name] if p[3] == s]) for i in range(3)]
         promises.append(resample_promise(*part, n=200, seed=s))
     promise = pd.DataFrame(promises).mean().to_dict()
-    out = dict(data=args.data.name, listings=n, seeds=args.seeds, folds=args.folds, e5=bool(e5), weighted_f1_margin=margin['weighted'], macro_f1_margin=margin['macro'],
+    out = dict(data=args.data.name, listings=n, seeds=args.seeds, folds=args.folds, e5=bool(e5), weighted_f1_margin=margin['weighted'],
+               macro_f1_margin=margin['macro'],
                weighted_f1=float(mean.loc[name, 'weighted']), macro_f1=float(mean.loc[name, 'macro']), best_baseline=mean.drop(name).weighted.idxmax(),
                text_only_gap=float((mine.text_only-mine.text_expert).mean()), image_only_gap=float((mine.image_only-mine.image_expert).mean()),
                ece=ece(probs, targets), promise_held=promise['held'], auto_coverage=promise['coverage'], auto_accuracy=promise['accuracy'],
                naive_held=promise['naive_held'], naive_coverage=promise['naive_coverage'], fit_s=float(mine.seconds.median()),
-               table={m: {f: dict(mean=float(by_seed.loc[m, (f, 'mean')]), std=float(by_seed.loc[m, (f, 'std')])) for f in ('weighted', 'macro')} for m in by_seed.index})
+               table={m: {f: {k: float(by_seed.loc[m, (f, k)]) for k in ('mean', 'std')} for f in ('weighted', 'macro')} for m in by_seed.index})
     for k,v in out.items():
         if k != 'table': print(f'{k:20} {v:+.4f}' if isinstance(v, float) else f'{k:20} {v}')
     return out

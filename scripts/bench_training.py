@@ -58,8 +58,7 @@ class Stopwatch:
 
 
 def watch_training()->Stopwatch:
-    from rakuten_mm import batches, datamodule, embedding, network
-    from rakuten_mm import fitting
+    from rakuten_mm import batches, datamodule, embedding, fitting, network
     w = Stopwatch()
     w.watch(embedding.EmbeddingStore, 'fill', 'embedding')
     w.watch(batches, 'encoder_fingerprint', 'fingerprint')
@@ -82,8 +81,7 @@ def fit_once(data:Dataset, cfg:TrainConfig, out_dir:Path, init:Path|None):
 
 def child(job:dict):
     "Warm up on other data, then train once; prints seconds, by phase too."
-    from rakuten_mm import training
-    from rakuten_mm import fitting
+    from rakuten_mm import fitting, training
     home = os.environ['RAKUTEN_MM_ARTIFACTS']
     with tempfile.TemporaryDirectory() as d:
         os.environ['RAKUTEN_MM_ARTIFACTS'] = d
@@ -173,8 +171,8 @@ def fine_tuning(work:Path, data:Dataset, rows:int, size:int, epochs:int)->dict:
 
     from rakuten_mm.classifier import ProductClassifier, encoder_groups
     from rakuten_mm.datamodule import ProductDataModule
-    from rakuten_mm.network import build_network
     from rakuten_mm.fitting import make_trainer
+    from rakuten_mm.network import build_network
     os.environ['RAKUTEN_MM_ARTIFACTS'] = str(work/'fine-tuning')
     cfg = TrainConfig(EncoderConfig(ngrams=False, text=None, image_size=size, train_image=True), NetworkConfig(members=1), FitConfig(batch_size=32))
     df = data.products

@@ -16,8 +16,8 @@ from rakuten_mm.batches import ProductDataset
 from rakuten_mm.classifier import encoder_groups
 from rakuten_mm.config import FitConfig, preset, single_modality
 from rakuten_mm.dataset import Dataset
-from rakuten_mm.predictor import Predictor, read_golden
 from rakuten_mm.fitting import answers, fit, resume_from, run_key
+from rakuten_mm.predictor import Predictor, read_golden
 from rakuten_mm.training import export
 
 SMOKE = preset('smoke')
