@@ -70,7 +70,7 @@ class FitConfig:
     ema:float = 0. # Decay of the moving average of weights that is kept instead of the last ones; 0 keeps the last
     accumulate:int = 1 # Batches per optimiser step
     clip_norm:float = 1. # Largest norm of the gradient of fine-tuning
-    precision:str = 'auto' # Lightning's, e.g. `bf16-mixed` or `16-mixed`; `auto` is bf16 where the CPU computes in it natively
+    precision:str = 'auto' # Lightning's, e.g. `bf16-mixed` or `16-mixed`; `auto` is bf16 for networks on frozen encoders, where the CPU computes in it natively
     devices:int = 1 # Devices per node; -1 takes all
     num_nodes:int = 1 # Machines
     strategy:str = 'auto' # Lightning's, e.g. `ddp_notebook`

@@ -8,6 +8,7 @@ __all__ = ['Fitted', 'LentRunLogger', 'EpochBar', 'MovingAverage', 'make_trainer
 
 # %% ../nbs/lib/17b_fitting.ipynb #7b1da954
 import hashlib, json, logging, shutil, time, warnings
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -82,7 +83,7 @@ def make_trainer(
     callbacks = [ModelCheckpoint(out_dir/'checkpoints', '{epoch:04d}', monitor='epoch', mode='max', save_top_k=2, every_n_epochs=every)]
     if f.ema: callbacks.append(MovingAverage(f.ema))
     if progress: callbacks.append(EpochBar(refresh_rate=20))
-    precision = ('bf16-mixed' if fast_dtype() == torch.bfloat16 else '32-true') if f.precision == 'auto' else f.precision
+    precision = ('bf16-mixed' if fast_dtype() == torch.bfloat16 and not cfg.fine_tunes else '32-true') if f.precision == 'auto' else f.precision
     loggers = [CSVLogger(out_dir, name='', version='history', flush_logs_every_n_steps=1)]
     if run_id: loggers.append(LentRunLogger(EXPERIMENT, tracking_uri=tracking_uri(), run_id=run_id))
     return pl.Trainer(max_epochs=epochs, accelerator=f.accelerator, devices=f.devices, num_nodes=f.num_nodes, strategy=f.strategy, precision=precision,
@@ -149,7 +150,8 @@ def answers(
     own_fold:bool = False, # Each listing by the member of its fold
 )->np.ndarray: # (N, K)
     "Calibrated probabilities of listings as they are."
-    out = []
+    out,ds = [], copy(ds)
+    ds.hide_description = 0.
     for b in ds.batches():
         if not own_fold: out.append(net.answer(b).softmax(1).numpy()); continue
         x = net(b)[b['fold'], :, torch.arange(len(b['fold']))].transpose(0, 1)

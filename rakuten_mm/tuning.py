@@ -140,6 +140,7 @@ def open_study(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     key = hashlib.sha256(json.dumps([asdict(cfg), seed, data_version, metric], sort_keys=True).encode()).hexdigest()[:16]
     study = optuna.create_study(storage=f"sqlite:///{out_dir/'study.db'}", study_name=key, direction='maximize', load_if_exists=True)
+    for t in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)): study.ask()  # makes it one that runs
     for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(t.number, state=TrialState.FAIL)
         if run := t.user_attrs.get('run_id'): mlflow_client().set_terminated(run, 'KILLED')
@@ -148,14 +149,14 @@ def open_study(
 # %% ../nbs/lib/18e_tuning.ipynb #8b51cff3
 def next_trial(
     study:optuna.Study,
-    space:dict[str, BaseDistribution],
-    first:dict, # Values of the first trial
+    cfg:TrainConfig, # Where the search starts
+    epochs:int, # That `cfg` trains for
     seed:int,
 )->Trial:
-    "What to try next."
-    n = len(done(study))
+    "What to try next; first of all `cfg`."
+    n,space = len(done(study)),search_space(cfg, epochs)
     study.sampler = optuna.samplers.TPESampler(seed=seed+n)
-    if not n: study.sampler = optuna.samplers.PartialFixedSampler(first, study.sampler)
+    if not n: study.enqueue_trial(start_point(cfg, space, epochs))
     return study.ask(space)
 
 # %% ../nbs/lib/18e_tuning.ipynb #13a71d86
@@ -212,8 +213,7 @@ def search(
 )->Tuned:
     "Look for better heads on the training split. A search that was killed goes on; raises `ValueError` if another one works in `out_dir`."
     start,out_dir,dm = time.perf_counter(), Path(out_dir), None
-    out_dir.mkdir(parents=True, exist_ok=True)
-    try: lock = FileLock(out_dir/'.lock').acquire(timeout=0)
+    try: out_dir.mkdir(parents=True, exist_ok=True); lock = FileLock(out_dir/'.lock').acquire(timeout=0)
     except Timeout: raise ValueError(f'another search is working in {out_dir}') from None
     with lock, tqdm(total=n_trials, desc='tune', unit='trial', disable=not progress) as bar:
         study = open_study(out_dir, cfg, seed, data.manifest['version'], metric)
@@ -221,7 +221,6 @@ def search(
             bar.update(n-bar.n)
             if dm is None: dm = prepare(data, cfg, seed, progress)
             epochs = max(cfg.fit.max_epochs, -(-cfg.fit.min_steps//len(dm.train_dataloader())))
-            space = search_space(cfg, epochs)
-            judge(study, next_trial(study, space, start_point(cfg, space, epochs), seed), dm, cfg, out_dir/'trial', metric, run_id, False)
+            judge(study, next_trial(study, cfg, epochs, seed), dm, cfg, out_dir/'trial', metric, run_id, False)
             if any(t.value is not None for t in done(study)): bar.set_postfix(best=f'{report(study, cfg, out_dir).score:.4f}')
         return report(study, cfg, out_dir)

@@ -86,12 +86,13 @@ def child(job:dict):
     with tempfile.TemporaryDirectory() as d:
         os.environ['RAKUTEN_MM_ARTIFACTS'] = d
         cfg = preset(job['preset'])
+        if job['quick']: cfg = replace(cfg, fit=replace(cfg.fit, max_epochs=5, min_steps=0))
         light = replace(cfg, network=replace(cfg.network, dim=32), fit=replace(cfg.fit, max_epochs=1, min_steps=0))
         small = Dataset.open(job['warm_up'])
         learnt,fitting.check_learnt = fitting.check_learnt, lambda *args: None  # one epoch on a few listings need not learn
         fitting.fit(small, light, Path(d)/'out', progress=False)
     os.environ['RAKUTEN_MM_ARTIFACTS'] = home
-    fitting.check_learnt = learnt
+    if not job['quick']: fitting.check_learnt = learnt
     can_start,data,watch = 'init' in inspect.signature(fitting.fit).parameters, Dataset.open(job['data'], job['version']), watch_training()
     fitted = fit_once(data, cfg, Path(job['out']), job['init'] and Path(job['init']))
     out = dict(s=fitted.seconds, phases=dict(watch.seconds), epochs=len(fitted.history), f1_weighted=fitted.val['f1_weighted'])
@@ -130,12 +131,12 @@ def split_delivery(raw_dir:Path, work:Path, share:float=.01, seed:int=0)->tuple[
     return tuple(out)
 
 
-def stored_vectors(work:Path, data_dir:Path, versions:tuple, warm_up:Path, name:str, rounds:int)->dict:
+def stored_vectors(work:Path, data_dir:Path, versions:tuple, warm_up:Path, name:str, rounds:int, quick:bool)->dict:
     "Cold, warm and delta trainings, in turn."
     seen = {k: [] for k in ('cold', 'warm', 'delta')}
     for r in range(rounds):
         artifacts = work/f'artifacts{r}'
-        job = dict(data=data_dir, warm_up=warm_up, preset=name)
+        job = dict(data=data_dir, warm_up=warm_up, preset=name, quick=quick)
         for kind in seen:
             out = artifacts/kind
             init = artifacts/'warm'/'bundle' if kind == 'delta' else None
@@ -248,7 +249,7 @@ def bench(work:Path, args)->dict:
     out = dict(rows=rows[0], new_rows=rows[1]-rows[0], preset=args.preset, cores=n_threads())
     if args.only != 'fine-tuning':
         say('training with an empty store, with a full one, after new listings')
-        out |= stored_vectors(work, work/'data', versions, work/'other-data', args.preset, 1 if args.quick else args.rounds)
+        out |= stored_vectors(work, work/'data', versions, work/'other-data', args.preset, 1 if args.quick else args.rounds, args.quick)
     if args.only != 'stored':
         say('fine-tuning')
         out |= fine_tuning(work, Dataset.open(work/'data'), 96 if args.quick else 192, 96, 3 if args.quick else 5)
