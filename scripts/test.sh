@@ -6,6 +6,7 @@ set -euo pipefail
 scratch=$(mktemp -d); trap 'rm -rf "$scratch"' EXIT
 export ZENML_CONFIG_PATH=$scratch/zenml RAKUTEN_MM_ARTIFACTS=$scratch/artifacts IPYTHONDIR=$scratch/ipython MPLCONFIGDIR=$scratch/matplotlib
 unset MLFLOW_TRACKING_URI API_USERNAME API_PASSWORD
+export OMP_WAIT_POLICY=passive # kernels and servers share the cores with pytest; threads that spin while they wait would starve them
 # A system program that pip cannot bring. Nothing else needs it, so tests do without where it cannot be had.
 if ! command -v rclone >/dev/null; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
