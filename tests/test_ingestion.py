@@ -261,20 +261,26 @@ def test_f39_a_reduced_decode_misses_nothing(copy):
 
 def test_f39_a_picture_lost_later(raw, tmp_path):
     "The store loses a picture after ingestion: training warns and goes on without it, whichever way pictures are read."
+    from dataclasses import replace
+
+    from rakuten_mm.batches import ProductDataset
     from rakuten_mm.config import preset
-    from rakuten_mm.datamodule import ProductDataModule, ProductDataset
+    from rakuten_mm.datamodule import ProductDataModule
     from rakuten_mm.network import build_network
     data = ingest(raw, tmp_path/'data', progress=False)
-    df = data.products
-    (data.images_dir/df.image[0]).write_bytes(b'gone')
-    net = build_network(preset('smoke'), df.title.tolist(), df.text.tolist(), df.prdtypecode.nunique())
-    lost = int((df.image == df.image[0]).sum())
+    df = data.products[data.products.split == 'train']
+    (data.images_dir/df.image.iloc[0]).write_bytes(b'gone')
+    codes = sorted(int(c) for c in data.products.prdtypecode.unique())
+    make = lambda cfg: build_network(cfg, df.title.tolist(), df.text.tolist(), len(codes))
+    cfg = preset('smoke')
     with pytest.warns(UserWarning, match='1 pictures .* cannot be read'):
-        dm = ProductDataModule(data, net, tmp_path/'store', progress=False); dm.setup()
-    assert sum(not has for s in dm.splits.values() for *_,has,_ in s) == lost
-    pixels = ProductDataset(df, net, sorted(df.prdtypecode.unique()), data.images_dir)
-    with pytest.warns(UserWarning, match='cannot be read any more'): item = pixels[0]
-    assert item[3] is False and pixels[int(np.flatnonzero(df.image != df.image[0])[0])][3] is True
+        dm = ProductDataModule(data, make(cfg), codes, tmp_path/'store', progress=False); dm.setup()
+    lost = df.image.eq(df.image.iloc[0]).to_numpy()
+    assert (dm.splits['train'].has_image == ~lost).all()
+    moving = make(replace(cfg, encoders=replace(cfg.encoders, train_image=True), network=replace(cfg.network, members=1)))
+    pixels = ProductDataset(df, moving, codes, data.images_dir, tmp_path/'store', progress=False)
+    with pytest.warns(UserWarning, match='cannot be read any more'): batch = pixels[[0, int(np.flatnonzero(~lost)[0])]]
+    assert batch['has_image'].tolist() == [False, True]
 
 
 # -- 40: duplicates and splits -----------------------------------------------------------------------------------------
