@@ -55,8 +55,8 @@ def shortest(
     "`x` in half precision where that loses nothing."
     return x.half() if x.dtype == torch.float32 and torch.equal(x.half().float(), x) else x
 
-# %% ../nbs/lib/15_bundle.ipynb #046e770c
-FORMAT = 2
+# %% ../nbs/lib/15_bundle.ipynb #8c5f9bdd
+FORMAT = 3
 
 def save_bundle(
     dest:str|Path, # Folder to write; an existing bundle there is replaced

@@ -55,7 +55,7 @@ def losses(self:ProductClassifier,
     members = torch.arange(m, device=each.device)
     own = (batch['fold'] == members[:, None]) & (m > 1)  # (M, B)
     seen = dict(text=batch['has_text'], image=batch['has_image'], fused=batch['has_text'] | batch['has_image'])
-    has = torch.stack([seen[n] for n in self.net.members[0].experts])  # (E, B)
+    has = torch.stack([seen[n] for n in self.net.experts.each])  # (E, B)
     use = (~own[:, None] & has[None]).to(each.dtype)
     return (each*use).sum(2)/use.sum(2).clamp(min=1)
 
@@ -121,10 +121,10 @@ def configure_optimizers(self:ProductClassifier):
     f,net = self.cfg.fit,self.net
     slow = [g for e in (net.text, net.image) if e is not None for g in encoder_groups(e, f)]
     taken = {id(p) for g in slow for p in g['params']}
-    fast = [p for p in self.parameters() if p.requires_grad and id(p) not in taken]
-    groups = [dict(params=[p for p in fast if (p.ndim > 1) == decayed], lr=f.lr, weight_decay=f.weight_decay*decayed) for decayed in (True, False)]+slow
+    fast = [(n,p) for n,p in self.named_parameters() if p.requires_grad and id(p) not in taken]
+    groups = [dict(params=[p for n,p in fast if n.endswith('weight') == decayed], lr=f.lr, weight_decay=f.weight_decay*decayed) for decayed in (True, False)]+slow
     groups = [g for g in groups if g['params']]
-    opt = torch.optim.AdamW(groups, fused=self.trainer.precision != '16-mixed' and all(p.device.type in ('cpu', 'cuda') for p in fast))
+    opt = torch.optim.AdamW(groups, fused=self.trainer.precision != '16-mixed' and all(p.device.type in ('cpu', 'cuda') for _,p in fast))
     steps = max(int(self.trainer.estimated_stepping_batches), 2)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, [g['lr'] for g in groups], total_steps=steps+1)
     return dict(optimizer=opt, lr_scheduler=dict(scheduler=sched, interval='step'))

@@ -47,6 +47,7 @@ class NetworkConfig:
     "The experts and how they are fused."
     fusion:str = 'concat' # `concat`, `gated` or `attention`
     members:int = 8 # Networks, each trained without one fold of the listings; 1 trains one network on all of them
+    components:int = 256 # Principal components kept of each part's vectors; 0 keeps the vectors as they are
     dim:int = 256 # Width of the hidden layers
     dropout:float = 0.5 # Dropout before the last layer
     input_dropout:float = 0.2 # Dropout of the encoders' vectors
@@ -57,8 +58,8 @@ class NetworkConfig:
 @dataclass(frozen=True)
 class FitConfig:
     "Optimisation."
-    max_epochs:int = 20 # Epochs of the one-cycle schedule
-    min_steps:int = 300 # More epochs than that where the data is so small that they make fewer steps
+    max_epochs:int = 10 # Epochs of the one-cycle schedule
+    min_steps:int = 200 # More epochs than that where the data is so small that they make fewer steps
     batch_size:int = 256 # Listings per step and device
     lr:float = 3e-3 # Peak learning rate
     weight_decay:float = 0.05 # AdamW weight decay

@@ -132,7 +132,7 @@ def fit_stack(
     val:ProductDataset,
 ):
     "Fit the weights of `net.stack`, then its temperatures."
-    many = len(net.members) > 1
+    many = net.cfg.network.members > 1
     source,scored = train if many else val, {}
     for s in STATES:
         logits,rows = expert_logits(net, source, s, many)

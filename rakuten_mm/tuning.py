@@ -89,8 +89,8 @@ def with_heads(
 )->ProductDataModule:
     "The same listings for a network with new members."
     base = dm.net
-    if cfg.encoders != base.cfg.encoders or cfg.network.members != base.cfg.network.members:
-        raise ValueError('trials share encoders and folds; prepare anew to change encoders or network.members')
+    if cfg.encoders != base.cfg.encoders or any(getattr(cfg.network, n) != getattr(base.cfg.network, n) for n in ('members', 'components')):
+        raise ValueError('trials share encoders and folds; prepare anew to change encoders, network.members or network.components')
     net = MultimodalNet(base.ngrams, base.text, base.image, base.n_classes, cfg)
     net.linear,net.scale = base.linear,base.scale
     other,train = ProductDataModule(dm.data, net, dm.codes, dm.store_dir, dm.seed, progress=dm.progress), copy(dm.splits['train'])

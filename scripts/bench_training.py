@@ -12,7 +12,6 @@ epoch_over_bare  the training batches of an epoch of fine-tuning an image encode
                  disk, over forward, backward and optimiser step of the same batches in memory; epochs alternate
 """
 import argparse
-import inspect
 import json
 import os
 import shutil
@@ -72,16 +71,9 @@ def watch_training()->Stopwatch:
     return w
 
 
-def fit_once(data:Dataset, cfg:TrainConfig, out_dir:Path, init:Path|None):
-    "The one place that calls `fit`; `init` is a bundle to start from, for a `fit` that can."
-    from rakuten_mm import fitting
-    more = dict(init=init) if init and 'init' in inspect.signature(fitting.fit).parameters else {}
-    return fitting.fit(data, cfg, out_dir, progress=False, **more)
-
-
 def child(job:dict):
     "Warm up on other data, then train once; prints seconds, by phase too."
-    from rakuten_mm import fitting, training
+    from rakuten_mm import fitting
     home = os.environ['RAKUTEN_MM_ARTIFACTS']
     with tempfile.TemporaryDirectory() as d:
         os.environ['RAKUTEN_MM_ARTIFACTS'] = d
@@ -93,11 +85,9 @@ def child(job:dict):
         fitting.fit(small, light, Path(d)/'out', progress=False)
     os.environ['RAKUTEN_MM_ARTIFACTS'] = home
     if not job['quick']: fitting.check_learnt = learnt
-    can_start,data,watch = 'init' in inspect.signature(fitting.fit).parameters, Dataset.open(job['data'], job['version']), watch_training()
-    fitted = fit_once(data, cfg, Path(job['out']), job['init'] and Path(job['init']))
-    out = dict(s=fitted.seconds, phases=dict(watch.seconds), epochs=len(fitted.history), f1_weighted=fitted.val['f1_weighted'])
-    if can_start: training.export(fitted, data, Path(job['out']))  # for the next one to start from
-    print(json.dumps(out))
+    data,watch = Dataset.open(job['data'], job['version']), watch_training()
+    fitted = fitting.fit(data, cfg, Path(job['out']), progress=False)
+    print(json.dumps(dict(s=fitted.seconds, phases=dict(watch.seconds), epochs=len(fitted.history), f1_weighted=fitted.val['f1_weighted'])))
 
 
 def timed_fit(artifacts:Path, **job)->dict:
@@ -116,7 +106,8 @@ def timed_fit(artifacts:Path, **job)->dict:
 
 def split_delivery(raw_dir:Path, work:Path, share:float=.01, seed:int=0)->tuple[Path, Path]:
     "The delivery as two, the second with `share` of the listings; pictures are linked, not copied."
-    x,y = (next(raw_dir.glob(f'{c}_train*.csv')) for c in 'XY')
+    x,y = (next(iter(raw_dir.glob(f'{c}_train*.csv')), None) for c in 'XY')
+    if not (x and y): raise SystemExit(f"{raw_dir} holds no X_train*.csv and Y_train*.csv; --data takes a delivery in the challenge's format")
     listings,labels = (pd.read_csv(p, dtype=str, keep_default_na=False, index_col=0) for p in (x, y))
     late = listings.sample(frac=share, random_state=seed).index
     out = []
@@ -138,9 +129,7 @@ def stored_vectors(work:Path, data_dir:Path, versions:tuple, warm_up:Path, name:
         artifacts = work/f'artifacts{r}'
         job = dict(data=data_dir, warm_up=warm_up, preset=name, quick=quick)
         for kind in seen:
-            out = artifacts/kind
-            init = artifacts/'warm'/'bundle' if kind == 'delta' else None
-            seen[kind].append(timed_fit(artifacts, **job, version=versions[kind == 'delta'], out=out, init=init and str(init)))
+            seen[kind].append(timed_fit(artifacts, **job, version=versions[kind == 'delta'], out=artifacts/kind))
             say(f"  {kind}: {seen[kind][-1]['s']:.1f} s  "+'  '.join(f'{k} {v:.1f}' for k,v in seen[kind][-1]['phases'].items()))
         shutil.rmtree(artifacts)
     middle = lambda values: statistics.median(values)

@@ -194,7 +194,7 @@ def same(a, b):
     assert len(a.history) == len(b.history) and list(a.history.epoch) == list(b.history.epoch)
     for c in ('train/loss', 'val/loss', 'val/f1_weighted'): assert np.allclose(a.history[c], b.history[c], atol=1e-3), c
     assert all(abs(a.val[k]-b.val[k]) < 1e-3 for k in a.val)
-    for (k,x),y in zip(a.net.members.state_dict().items(), b.net.members.state_dict().values(), strict=True):
+    for (k,x),y in zip(a.net.experts.state_dict().items(), b.net.experts.state_dict().values(), strict=True):
         assert torch.allclose(x, y, atol=1e-3), k
 
 
