@@ -75,7 +75,7 @@ class ProductDataset(torch.utils.data.Dataset):
         self.images = self.open_images(encode, store_dir, progress) if net.image and not e.train_image else None
         index = {c: i for i,c in enumerate(codes)}
         self.targets = np.array([index.get(c, -1) for c in rows.prdtypecode]) if 'prdtypecode' in rows else np.full(len(rows), -1)
-        self.fold,self.state,self.hide_description = np.zeros(len(rows), int), None, 0.
+        self.fold,self.state,self.hide_description,self.scaled = np.full(len(rows), -1), None, 0., {}
 
     def __len__(self): return len(self.targets)
 
@@ -105,27 +105,58 @@ def pixels(self:ProductDataset, idx)->np.ndarray: # (B, S, S, 3) uint8
             warnings.warn(f'{self.images_dir/self.names[i]} cannot be read any more ({e}); its listing counts as without a picture')
     return out
 
+# %% ../nbs/lib/11b_batches.ipynb #c86f1e55
+@patch
+def scale_once(self:ProductDataset):
+    "Keep the frozen vectors as `net.scale` leaves them; raises `FloatingPointError` if a stored one is no number."
+    readers = [self.full, self.short] if self.full and not self.full.tokens else []
+    self.scaled = {'text': [self.on_scale('text', r.vectors) for r in dict.fromkeys(readers)]} if readers else {}
+    if self.images: self.scaled['image'] = self.on_scale('image', lambda idx: self.images.take([self.names[i] for i in idx]))
+
+@patch
+@torch.inference_mode()
+def on_scale(self:ProductDataset,
+    part:str, # `text` or `image`
+    read, # From positions (B,) to vectors (B, D)
+)->np.ndarray: # (N, C) float16
+    "All vectors of a part, on its scale."
+    out = []
+    for rows in np.array_split(np.arange(len(self)), -(-len(self)//4096)):
+        v = read(rows)
+        if not np.isfinite(v).all(): raise FloatingPointError(f'stored vectors of the {part} are no numbers; delete the embeddings folder and train again')
+        out.append(self.net.scale[part](torch.from_numpy(v)).half().numpy())
+    return np.concatenate(out)
+
 # %% ../nbs/lib/11b_batches.ipynb #8ae57583
 @patch
 def __getitem__(self:ProductDataset,
     idx:list[int] # Positions of a batch
 )->dict[str, torch.Tensor]:
-    "A batch: `text`, `image` (or `tokens`, `pixels`), `linear`, `has_text`, `has_image`, `has_description`, `target`, `fold`."
-    idx,net,b = np.asarray(idx), self.net, {}
-    if net.image: b['image' if self.images else 'pixels'] = self.images.take([self.names[i] for i in idx]) if self.images else self.pixels(idx)
+    "A batch: `text`, `image` (or `tokens`, `pixels`, `scaled_text`, `scaled_image`), `linear`, `has_text`, `has_image`, `has_description`, `target`, `fold`."
+    idx,net,s = np.asarray(idx), self.net, self.scaled
     cut = torch.rand(len(idx)).numpy() < self.hide_description
     if self.state == 'title+image': cut[:] = True
     cut &= self.has_description[idx]
+    b = self.read_images(idx)
     if self.full:
-        pick = lambda a,c: np.where(cut[:, None], c, a) if cut.any() else a
-        b['text'] = pick(self.full.vectors(idx), self.short.vectors(idx) if cut.any() else None)
-        if net.linear: b['linear'] = pick(self.linear[0][idx], self.linear[1][idx])
+        pick = lambda full,short: np.where(cut[:, None], short(), full()) if cut.any() else full()
+        if 'text' in s: b['scaled_text'] = pick(lambda: s['text'][0][idx], lambda: s['text'][-1][idx]).astype(np.float32)
+        else: b['text'] = pick(lambda: self.full.vectors(idx), lambda: self.short.vectors(idx))
+        if net.linear: b['linear'] = pick(lambda: self.linear[0][idx], lambda: self.linear[1][idx])
     elif 'text' in net.cfg.modalities: b |= blank(net, len(idx))
     seen = dict(has_text=self.has_text[idx] & (self.state != 'image'), has_image=self.has_image[idx] & (self.state != 'text'),
                 has_description=self.has_description[idx] & ~cut, target=self.targets[idx], fold=self.fold[idx])
     b = {k: torch.from_numpy(np.ascontiguousarray(v)) for k,v in (b | seen).items()}
     if self.full and self.full.tokens: b['tokens'] = net.text.collate([(self.short if c else self.full).tokens[i] for i,c in zip(idx, cut)])
     return b
+
+# %% ../nbs/lib/11b_batches.ipynb #77b0e4aa
+@patch
+def read_images(self:ProductDataset, idx:np.ndarray)->dict[str, np.ndarray]:
+    "Pixels, vectors or scaled vectors of pictures, by their name in the batch; nothing for a model without."
+    if 'image' in self.scaled: return dict(scaled_image=self.scaled['image'][idx].astype(np.float32))
+    if not self.net.image: return {}
+    return dict(image=self.images.take([self.names[i] for i in idx])) if self.images else dict(pixels=self.pixels(idx))
 
 # %% ../nbs/lib/11b_batches.ipynb #1b53fe98
 def blank(

@@ -26,6 +26,7 @@ class ProductClassifier(pl.LightningModule):
         seed:int = 42,
     ):
         super().__init__()
+        self.strict_loading = False  # see `on_save_checkpoint`
         self.net,self.cfg,self.seed = net,net.cfg,seed
         self.metrics = MetricCollection({f'f1_{a}': MulticlassF1Score(net.n_classes, average=a) for a in ('weighted', 'macro')}, prefix='val/')
         self.register_buffer('class_weight', balance(class_sizes, self.cfg.fit.class_balance), persistent=False)
@@ -78,13 +79,12 @@ def training_step(self:ProductClassifier, batch:dict, batch_idx:int)->Tensor:
 
 @patch
 def validation_step(self:ProductClassifier, batch:dict, batch_idx:int):
-    "Loss of the experts, and F1 of the members' average, on one validation batch."
-    logits = self.net(batch)
-    alone = batch | dict(fold=torch.full_like(batch['fold'], -1))
-    loss = self.losses(logits, alone).mean()
+    "Loss of the experts, and F1 of the last one, on one validation batch, answered by members that have not seen it."
+    logits = self.net.unseen(batch)
+    loss = self.losses(logits.unsqueeze(0), batch).mean()
     self.check_finite(loss, 'validation')
     self.log('val/loss', loss, batch_size=len(batch['target']), sync_dist=True)
-    self.metrics.update(logits.mean(0)[-1], batch['target'])
+    self.metrics.update(logits[-1], batch['target'])
     self.log_dict(self.metrics, prog_bar=True, batch_size=len(batch['target']))
 
 # %% ../nbs/lib/14_classifier.ipynb #fc84e299
@@ -94,6 +94,13 @@ def on_train_epoch_start(self:ProductClassifier):
     for enc in (self.net.text, self.net.image):
         if enc is not None and not any(p.requires_grad for p in enc.parameters()): enc.eval()
     torch.manual_seed(self.seed*1000+self.current_epoch+100_000*self.global_rank)
+
+# %% ../nbs/lib/14_classifier.ipynb #b80c45de
+@patch
+def on_save_checkpoint(self:ProductClassifier, checkpoint:dict):
+    "Leave out what is frozen."
+    frozen = {n for n,p in self.named_parameters() if not p.requires_grad}
+    checkpoint['state_dict'] = {k: v for k,v in checkpoint['state_dict'].items() if k not in frozen}
 
 # %% ../nbs/lib/14_classifier.ipynb #57010138
 def layer_of(

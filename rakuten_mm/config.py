@@ -24,7 +24,7 @@ class EncoderConfig:
     text:str|None = 'use' # Dense text encoder: `use`, `hf:<folder or hub id>`, or None
     image:str|None = 'timm:tf_efficientnet_lite0' # `timm:<name or folder>`, or None for a text-only model
     image_size:int = 224 # Side of the square the picture is resized to, in pixels
-    image_levels:bool = True # Pool earlier stages of a convolutional network too
+    image_levels:bool = True # Pool the last stages of a convolutional network too
     ngram_features:int = 60_000 # Largest n-gram vocabulary, by document frequency
     ngram_dim:int = 256 # Size of the dense n-gram vector
     max_title_chars:int = 512 # Titles are cut here
@@ -47,7 +47,7 @@ class NetworkConfig:
     "The experts and how they are fused."
     fusion:str = 'concat' # `concat`, `gated` or `attention`
     members:int = 8 # Networks, each trained without one fold of the listings; 1 trains one network on all of them
-    components:int = 256 # Principal components kept of each part's vectors; 0 keeps the vectors as they are
+    components:int = 384 # Principal components kept of each part's vectors; 0 keeps the vectors as they are
     dim:int = 256 # Width of the hidden layers
     dropout:float = 0.5 # Dropout before the last layer
     input_dropout:float = 0.2 # Dropout of the encoders' vectors
@@ -58,12 +58,13 @@ class NetworkConfig:
 @dataclass(frozen=True)
 class FitConfig:
     "Optimisation."
-    max_epochs:int = 10 # Epochs of the one-cycle schedule
-    min_steps:int = 200 # More epochs than that where the data is so small that they make fewer steps
+    max_epochs:int = 4 # Epochs of the one-cycle schedule
+    min_steps:int = 80 # More epochs than that where the data is so small that they make fewer steps
     batch_size:int = 256 # Listings per step and device
-    lr:float = 3e-3 # Peak learning rate
+    lr:float = 8e-3 # Peak learning rate
     weight_decay:float = 0.05 # AdamW weight decay
     label_smoothing:float = 0.1 # Share of the target that is spread over all classes
+    hold_out:str = 'auto' # Keep the validation listings out of training: `always`, or `auto`, where they are enough to prove a promise
     class_balance:float = 0. # Loss weight of a class is its size to the power of minus this; 0 counts listings, 1 counts classes
     n_threads:int = 0 # CPU threads for PyTorch; 0 takes every core this process may use
     encoder_lr:float = 2e-5 # Peak learning rate of the last layer of an encoder being fine-tuned
@@ -136,7 +137,7 @@ PRESETS = {
     'cpu-attention': replace(_cpu, network=NetworkConfig(fusion='attention')),
     'gpu-camembert-convnext': _gpu,
     'smoke': TrainConfig(EncoderConfig(text=None, image_size=64, runtimes='onnx', ngram_features=5_000, ngram_dim=32), NetworkConfig(members=2, dim=64),
-                         FitConfig(max_epochs=6, min_steps=0, batch_size=64, lr=5e-3)),
+                         FitConfig(max_epochs=6, min_steps=0, batch_size=64, lr=5e-3, hold_out='always')),
 }
 
 # %% ../nbs/lib/00_config.ipynb #10fcc303

@@ -15,17 +15,16 @@ import numpy as np, pandas as pd, torch
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, MLFlowLogger
-from sklearn.metrics import f1_score
 from .batches import ProductDataset
 from .classifier import ProductClassifier
 from .config import TrainConfig, artifacts_dir, n_threads
 from .dataset import Dataset, write_atomic
-from .datamodule import ProductDataModule
+from .datamodule import ProductDataModule, holds_out, training_rows
 from .embedding import fast_dtype
 from .metrics import scores
 from .network import MultimodalNet, build_network
 from .runtime import frozen_runtime
-from .stacking import STATES, state_of
+from .stacking import STATES
 from .tracking import EXPERIMENT, log_provenance, tracking_uri
 from .triage import Triage, fit_triage
 
@@ -79,7 +78,7 @@ def make_trainer(
     for name in ('pytorch_lightning', 'lightning.pytorch', 'pytorch_lightning.utilities.rank_zero'): logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings('ignore', message='.*does not have many workers.*|.*number of training batches.*|.*directory .* exists.*|.*in eval mode at the start.*')
     warnings.filterwarnings('ignore', message='.*LeafSpec.*')  # Lightning's, about PyTorch
-    f,every = cfg.fit, 1 if cfg.fine_tunes else max(1, epochs//5)
+    f,every = cfg.fit, 1 if cfg.fine_tunes else max(1, epochs//4)
     callbacks = [ModelCheckpoint(out_dir/'checkpoints', '{epoch:04d}', monitor='epoch', mode='max', save_top_k=2, every_n_epochs=every)]
     if f.ema: callbacks.append(MovingAverage(f.ema))
     if progress: callbacks.append(EpochBar(refresh_rate=20))
@@ -113,16 +112,14 @@ def resume_from(
 @torch.inference_mode()
 def expert_logits(
     net:MultimodalNet,
-    ds:ProductDataset,
+    ds:ProductDataset, # Its folds say who has seen what
     state:str, # One of `stacking.STATES`
-    own_fold:bool, # Each listing by the member of its fold, rather than by the average
 )->tuple[np.ndarray, np.ndarray]: # (E, N, K) logits and (N,) positions of the listings that can be in this state
-    "Logits of all experts, the linear one first."
+    "Logits of all experts that have not seen the listing, the linear one first."
     seen,rows = ds.view(state)
     out = []
     for b in seen.batches(rows):
-        x = net(b)
-        x = x[b['fold'], :, torch.arange(len(b['fold']))].transpose(0, 1) if own_fold else x.mean(0)
+        x = net.unseen(b)
         out.append((torch.cat([b['linear'].unsqueeze(0), x]) if net.linear else x).numpy())
     return (np.concatenate(out, 1) if out else np.zeros((len(net.stack.names), 0, net.n_classes))), rows
 
@@ -130,34 +127,28 @@ def fit_stack(
     net:MultimodalNet, # In evaluation mode
     train:ProductDataset, # With the folds that the members were trained on
     val:ProductDataset,
+    hold_out:bool, # Whether `val` was kept out of training
 ):
     "Fit the weights of `net.stack`, then its temperatures."
     many = net.cfg.network.members > 1
     source,scored = train if many else val, {}
     for s in STATES:
-        logits,rows = expert_logits(net, source, s, many)
+        logits,rows = expert_logits(net, source, s)
         scored[s] = (logits, source.targets[rows])
     net.stack.fit(scored)
-    for s in STATES:
-        logits,rows = expert_logits(net, val, s, False)
-        if many: net.stack.temper(np.tensordot(net.stack.weights[STATES.index(s)].numpy(), logits, 1), val.targets[rows], s)
+    for s in STATES if many and hold_out else []:
+        logits,rows = expert_logits(net, val, s)
+        net.stack.temper(np.tensordot(net.stack.weights[STATES.index(s)].numpy(), logits, 1), val.targets[rows], s)
 
 # %% ../nbs/lib/17b_fitting.ipynb #06caefcb
 @torch.inference_mode()
 def answers(
     net:MultimodalNet,
-    ds:ProductDataset,
-    own_fold:bool = False, # Each listing by the member of its fold
+    ds:ProductDataset, # Its folds say who has seen what
 )->np.ndarray: # (N, K)
-    "Calibrated probabilities of listings as they are."
-    out,ds = [], copy(ds)
-    ds.hide_description = 0.
-    for b in ds.batches():
-        if not own_fold: out.append(net.answer(b).softmax(1).numpy()); continue
-        x = net(b)[b['fold'], :, torch.arange(len(b['fold']))].transpose(0, 1)
-        if net.linear: x = torch.cat([b['linear'].unsqueeze(0), x])
-        out.append(net.stack(x, state_of(b['has_text'], b['has_image'], b['has_description'])).softmax(1).numpy())
-    return np.concatenate(out)
+    "Calibrated probabilities of listings as they are, by members that have not seen them."
+    ds = copy(ds); ds.hide_description = 0.
+    return np.concatenate([net.stacked(net.unseen(b), b).softmax(1).numpy() for b in ds.batches()])
 
 # %% ../nbs/lib/17b_fitting.ipynb #87d72b93
 def fit(
@@ -174,21 +165,22 @@ def fit(
     torch.set_num_threads(n_threads(cfg.fit.n_threads))
     pl.seed_everything(seed, verbose=False)
     if run_id: log_provenance(run_id, cfg, seed, data.manifest['version'])
-    train = df[df.split == 'train']
+    hold_out = holds_out(df, cfg.fit, cfg.network.members)
+    train = training_rows(df, hold_out)
     codes = sorted(int(c) for c in df.prdtypecode.unique())
     net = build_network(cfg, train.title.tolist(), train.text.tolist(), len(codes))
     frozen = net.image and not cfg.encoders.train_image
     encode = frozen_runtime(net.image, cfg.encoders.image_size, artifacts_dir()/'graphs') if frozen else None
-    dm = ProductDataModule(data, net, codes, artifacts_dir()/'embeddings', seed, encode, progress)
+    dm = ProductDataModule(data, net, codes, artifacts_dir()/'embeddings', seed, encode, progress, hold_out)
     dm.setup()
     history = run_epochs(net, dm, cfg, out_dir, seed, run_id, progress, data.manifest['version'])
     net.cpu().eval().requires_grad_(False)
-    fit_stack(net, *dm.splits.values())
+    fit_stack(net, *dm.splits.values(), hold_out)
     probs,targets = answers(net, dm.splits['val']), dm.splits['val'].targets
     val = scores(probs, targets)
     check_learnt(probs.argmax(1), targets)
     triage = fit_triage(probs, targets, df[df.split == 'val'].group.to_numpy())
-    oof = pd.DataFrame(answers(net, dm.splits['train'], True), columns=[f'p_{c}' for c in codes]) if cfg.network.members > 1 else pd.DataFrame()
+    oof = pd.DataFrame(answers(net, dm.splits['train']), columns=[f'p_{c}' for c in codes]) if cfg.network.members > 1 else pd.DataFrame()
     if len(oof): oof.insert(0, 'productid', train.productid.to_numpy())
     return Fitted(net, codes, {int(c): n for c,n in data.manifest['names'].items()}, history, val, triage, oof, time.perf_counter()-start)
 
@@ -234,7 +226,10 @@ def check_learnt(
     tries:int = 200, # Shuffles
 ):
     "Raises `ValueError` unless the answers are better than 99 % of what chance gives, and than naming the largest class."
-    rng,f1 = np.random.default_rng(0), lambda a,t: f1_score(t, a, average='weighted', zero_division=0)
+    rng,size = np.random.default_rng(0), np.bincount(targets)
+    def f1(a:np.ndarray, t:np.ndarray)->float: # 200 calls of scikit-learn's take a second
+        hit,n = np.bincount(t[a == t], minlength=len(size)), np.bincount(a, minlength=len(size))[:len(size)]
+        return float((2*hit/(n+size)*size).sum()/len(t))
     chance = np.quantile([f1(answers, rng.permutation(targets)) for _ in range(tries)], .99)
-    got,floor = f1(answers, targets), max(chance, f1(np.full(len(targets), np.bincount(targets).argmax()), targets))
+    got,floor = f1(answers, targets), max(chance, f1(np.full(len(targets), size.argmax()), targets))
     if not got > floor: raise ValueError(f'weighted F1 on the validation split is {got:.3f}; chance gives up to {floor:.3f}. Nothing was learnt: check the labels')

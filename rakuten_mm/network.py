@@ -68,49 +68,34 @@ class EnsembleLinear(nn.Module):
 
 # %% ../nbs/lib/11_network.ipynb #c7a63cba
 class Concat(nn.Module):
-    "One hidden layer over both vectors: text (B, Dt), image (B, Di), masks (B, 1)."
-    def __init__(self, text_dim:int, image_dim:int, n_classes:int, cfg:NetworkConfig):
-        super().__init__()
-        self.text,self.image = (EnsembleLinear(cfg.members, d, cfg.dim) if d else None for d in (text_dim, image_dim))
-        self.last,self.p = EnsembleLinear(cfg.members, cfg.dim, n_classes), cfg.dropout
+    "One hidden layer over both vectors, as a sum: text (M, B, H), image (M, B, H), masks (B, 1)."
+    def __init__(self, cfg:NetworkConfig): super().__init__()
 
-    def hidden(self, text:Tensor|None, image:Tensor|None, has_text:Tensor, has_image:Tensor)->tuple[Tensor, Tensor]:
-        "Projections (M, B, H), 0 where a part is missing."
-        zero = has_text.new_zeros(1, len(has_text), 1)
-        return (self.text(text)*has_text if self.text else zero), (self.image(image)*has_image if self.image else zero)
-
-    def out(self, h:Tensor)->Tensor: # (M, B, H) to (M, B, K)
-        "Logits of a hidden layer."
-        h = F.gelu(F.layer_norm(h, h.shape[-1:]))
-        return self.last(h*F.dropout(torch.ones_like(h[0]), self.p) if self.training and self.p else h)
-
-    def forward(self, *batch)->Tensor: # (M, B, K)
-        "Logits."
-        t,i = self.hidden(*batch)
-        return self.out(t+i)
+    def forward(self, text:Tensor, image:Tensor, has_text:Tensor, has_image:Tensor)->Tensor: # (M, B, H)
+        "What the two hidden layers come to."
+        return text+image
 
 # %% ../nbs/lib/11_network.ipynb #145a746e
 class Gated(Concat):
     "A gate between the two projections."
-    def __init__(self, text_dim:int, image_dim:int, n_classes:int, cfg:NetworkConfig):
-        super().__init__(text_dim, image_dim, n_classes, cfg)
+    def __init__(self, cfg:NetworkConfig):
+        super().__init__(cfg)
         self.gate = EnsembleLinear(cfg.members, 2*cfg.dim, cfg.dim)
 
-    def forward(self, text:Tensor, image:Tensor, has_text:Tensor, has_image:Tensor)->Tensor: # (M, B, K)
-        "Logits."
-        t,i = self.hidden(text, image, has_text, has_image)
-        z = self.gate(torch.cat([t, i], 2)).sigmoid()
+    def forward(self, text:Tensor, image:Tensor, has_text:Tensor, has_image:Tensor)->Tensor: # (M, B, H)
+        "What the two hidden layers come to."
+        z = self.gate(torch.cat([text, image], 2)).sigmoid()
         z = torch.where((has_text*has_image).bool(), z, has_text)  # a part that is alone is believed
-        return self.out(2*(z*t+(1-z)*i))
+        return 2*(z*text+(1-z)*image)
 
 # %% ../nbs/lib/11_network.ipynb #ae009e9d
 class Attention(Concat):
     "Cross-attention between a few tokens of each vector."
-    def __init__(self, text_dim:int, image_dim:int, n_classes:int, cfg:NetworkConfig,
+    def __init__(self, cfg:NetworkConfig,
         tokens:int = 8, # Pieces `T` that each projection is cut into
         heads:int = 4,
     ):
-        super().__init__(text_dim, image_dim, n_classes, cfg)
+        super().__init__(cfg)
         self.tokens,self.heads,width = tokens,heads,cfg.dim//tokens
         self.null = nn.Parameter(torch.zeros(cfg.members, 1, 1, width))
         self.query,self.key_value,self.mix = (EnsembleLinear(cfg.members, width, n*width) for n in (1, 2, 1))
@@ -123,10 +108,10 @@ class Attention(Concat):
         seen = F.scaled_dot_product_attention(cut(self.query(a.flatten(1, 2))), *map(cut, self.key_value(b.flatten(1, 2)).chunk(2, -1)))
         return self.mix(seen.transpose(1, 2).reshape(m, n*t, w)).reshape(a.shape)
 
-    def forward(self, *batch)->Tensor: # (M, B, K)
-        "Logits."
-        t,i = (h.unflatten(2, (self.tokens, -1)) for h in self.hidden(*batch))
-        return self.out((t+self.look(t, i)+i+self.look(i, t)).flatten(2))
+    def forward(self, text:Tensor, image:Tensor, has_text:Tensor, has_image:Tensor)->Tensor: # (M, B, H)
+        "What the two hidden layers come to."
+        t,i = (h.unflatten(2, (self.tokens, -1)) for h in (text, image))
+        return (t+self.look(t, i)+i+self.look(i, t)).flatten(2)
 
 # %% ../nbs/lib/11_network.ipynb #08ef3787
 class Experts(nn.Module):
@@ -140,15 +125,29 @@ class Experts(nn.Module):
         super().__init__()
         kinds = dict(concat=Concat, gated=Gated, attention=Attention)
         if cfg.fusion not in kinds: raise ValueError(f"no fusion {cfg.fusion!r}; choose one of {', '.join(kinds)}")
-        self.p,self.each = cfg.modality_dropout, nn.ModuleDict()
-        if text_dim: self.each['text'] = Concat(text_dim, 0, n_classes, cfg)
-        if image_dim: self.each['image'] = Concat(0, image_dim, n_classes, cfg)
-        if text_dim and image_dim: self.each['fused'] = kinds[cfg.fusion](text_dim, image_dim, n_classes, cfg)
+        dims = {m: d for m,d in dict(text=text_dim, image=image_dim).items() if d}
+        self.hide,self.p,self.fuse = cfg.modality_dropout, cfg.dropout, kinds[cfg.fusion](cfg) if len(dims) > 1 else None
+        self.project = nn.ModuleDict({m: EnsembleLinear(cfg.members, d, cfg.dim) for m,d in dims.items()})
+        self.each = nn.ModuleDict({n: EnsembleLinear(cfg.members, cfg.dim, n_classes) for n in (*dims, *(['fused'] if self.fuse else []))})
 
-    def forward(self, text:Tensor|None, image:Tensor|None, has_text:Tensor, has_image:Tensor)->Tensor: # (M, E, B, K)
-        "Logits of each member's experts; the masks are (B, 1)."
-        shown = hide(has_text, has_image, self.p) if self.training else (has_text, has_image)
-        return torch.stack([e(text, image, *(shown if name == 'fused' else (has_text, has_image))) for name,e in self.each.items()], 1)
+# %% ../nbs/lib/11_network.ipynb #4d8b2c17
+@patch
+def forward(self:Experts,
+    text:Tensor|None, image:Tensor|None, # (B, Dt) and (B, Di)
+    has_text:Tensor, has_image:Tensor, # (B, 1)
+)->Tensor: # (M, E, B, K)
+    "Logits of each member's experts."
+    v,has = dict(text=text, image=image), dict(text=has_text, image=has_image)
+    h = {m: p(v[m])*has[m] for m,p in self.project.items()}  # (M, B, H)
+    if self.fuse:
+        shown = hide(has_text, has_image, self.hide) if self.training else (has_text, has_image)
+        h['fused'] = self.fuse(h['text']*shown[0], h['image']*shown[1], *shown)
+    out = []
+    for name,last in self.each.items():
+        x = F.gelu(F.layer_norm(h[name], h[name].shape[-1:]))
+        if self.training and self.p: x = x*F.dropout(torch.ones_like(x[0]), self.p)
+        out.append(last(x))
+    return torch.stack(out, 1)
 
 # %% ../nbs/lib/11_network.ipynb #67180205
 def hide(
@@ -184,12 +183,13 @@ class MultimodalNet(nn.Module):
 @patch
 def vectors(self:MultimodalNet, batch:dict)->dict[str, Tensor]: # Scaled `text` (B, Dt) and `image` (B, Di)
     "Vectors of a batch, from its vectors, tokens or pixels."
-    out = {}
-    if 'text' in self.scale:
+    out = {m: batch[f'scaled_{m}'] for m in self.scale if f'scaled_{m}' in batch}
+    if 'text' in self.scale and 'text' not in out:
         v = batch['text']
         if 'tokens' in batch: v = torch.cat([v, self.text(batch['tokens'])], 1)
         out['text'] = self.scale['text'](v)
-    if 'image' in self.scale: out['image'] = self.scale['image'](self.image(batch['pixels']) if 'pixels' in batch else batch['image'])
+    if 'image' in self.scale and 'image' not in out:
+        out['image'] = self.scale['image'](self.image(batch['pixels']) if 'pixels' in batch else batch['image'])
     p = self.cfg.network.input_dropout
     return {m: F.dropout(v, p, self.training) for m,v in out.items()}
 
@@ -200,12 +200,27 @@ def forward(self:MultimodalNet, batch:dict)->Tensor: # (M, E, B, K)
     masks = [batch[k].float().unsqueeze(1) for k in ('has_text', 'has_image')]
     return self.experts(v.get('text'), v.get('image'), *masks)
 
+# %% ../nbs/lib/11_network.ipynb #a15e7f30
 @patch
-def answer(self:MultimodalNet, batch:dict)->Tensor: # (B, K)
+def unseen(self:MultimodalNet, batch:dict)->Tensor: # (E, B, K)
+    "Logits of the experts, each listing's by the member whose fold it is in, or by the average of all for one that is in none (-1)."
+    x,fold = self(batch), batch['fold']
+    own = x[fold.clamp(min=0), :, torch.arange(len(fold))].transpose(0, 1)
+    return torch.where((fold < 0)[:, None], x.mean(0), own)
+
+@patch
+def stacked(self:MultimodalNet,
+    experts:Tensor, # (E, B, K) without the linear one
+    batch:dict,
+)->Tensor: # (B, K)
     "Calibrated logits."
-    experts = self(batch).mean(0)
     if self.linear: experts = torch.cat([batch['linear'].unsqueeze(0), experts])
     return self.stack(experts, state_of(batch['has_text'], batch['has_image'], batch['has_description']))
+
+@patch
+def answer(self:MultimodalNet, batch:dict)->Tensor: # (B, K)
+    "Calibrated logits of the members' average."
+    return self.stacked(self(batch).mean(0), batch)
 
 # %% ../nbs/lib/11_network.ipynb #30bef47a
 def build_network(

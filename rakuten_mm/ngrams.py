@@ -45,20 +45,27 @@ class NgramEncoder(nn.Module):
 
 # %% ../nbs/lib/09a_ngrams.ipynb #7856480e
 @patch
+def weigh(self:NgramEncoder,
+    blocks:list[sparse.csr_matrix], # From `hash_blocks`
+)->sparse.csr_matrix: # (N, V) float32
+    "TF-IDF weights of counted n-grams."
+    buckets,idf,out = self.buckets.numpy(), self.idf.numpy(), []
+    for i,b in enumerate(blocks):
+        col = b.indices.astype(np.int64) + i*N_HASH
+        row = np.minimum(np.searchsorted(buckets, col), len(buckets)-1)
+        weight = np.where(buckets[row] == col, (1+np.log(b.data))*idf[row], 0).astype(np.float32)
+        m = sparse.csr_matrix((weight, row, b.indptr), shape=(b.shape[0], len(buckets)))
+        m.sum_duplicates(); m.eliminate_zeros(); out.append(normalize(m))
+    return sum(out[1:], out[0]).tocsr()
+
+@patch
 def matrix(self:NgramEncoder,
     titles:list[str], # Clean titles
     descriptions:list[str], # Clean descriptions
 )->sparse.csr_matrix: # (N, V) float32
     "TF-IDF weights of listings."
-    c,buckets,idf,out = self.cfg, self.buckets.numpy(), self.idf.numpy(), []
-    blocks = hash_blocks([t[:c.max_title_chars] for t in titles], [d[:c.max_description_chars] for d in descriptions])
-    for i,b in enumerate(blocks):
-        col = b.indices.astype(np.int64) + i*N_HASH
-        row = np.minimum(np.searchsorted(buckets, col), len(buckets)-1)
-        weight = np.where(buckets[row] == col, (1+np.log(b.data))*idf[row], 0).astype(np.float32)
-        m = sparse.csr_matrix((weight, row, b.indptr), shape=(len(titles), len(buckets)))
-        m.sum_duplicates(); m.eliminate_zeros(); out.append(normalize(m))
-    return sum(out[1:], out[0]).tocsr()
+    c = self.cfg
+    return self.weigh(hash_blocks([t[:c.max_title_chars] for t in titles], [d[:c.max_description_chars] for d in descriptions]))
 
 # %% ../nbs/lib/09a_ngrams.ipynb #d4c88f46
 @patch(cls_method=True)
@@ -69,7 +76,9 @@ def fit(cls:NgramEncoder,
     max_rows:int = 20_000, # Listings that the projection is computed from
 )->NgramEncoder:
     "An encoder with the vocabulary and the principal directions of these listings."
-    df = np.concatenate([np.bincount(b.indices, minlength=N_HASH) for b in hash_blocks(titles, descriptions)])
+    c,cut = cfg, lambda texts,n: [t[:n] for t in texts]
+    blocks = hash_blocks(cut(titles, c.max_title_chars), cut(descriptions, c.max_description_chars))
+    df = np.concatenate([np.bincount(b.indices, minlength=N_HASH) for b in blocks])
     keep = np.flatnonzero(df >= 2)
     keep = np.sort(keep[np.argsort(-df[keep], kind='stable')[:cfg.ngram_features]])
     if len(keep) < 2: raise ValueError('no n-gram appears in two training listings; there is no text to learn from')
@@ -77,8 +86,8 @@ def fit(cls:NgramEncoder,
     enc.buckets.copy_(torch.from_numpy(keep))
     enc.idf.copy_(torch.from_numpy(np.log((1+len(titles))/(1+df[keep]))+1))
     some = np.random.default_rng(0).permutation(len(titles))[:max_rows]
-    x = enc.matrix([titles[i] for i in some], [descriptions[i] for i in some])
-    svd = TruncatedSVD(min(cfg.ngram_dim, *(n-1 for n in x.shape)), n_iter=3, random_state=0).fit(x)
+    x = enc.weigh([b[some] for b in blocks])
+    svd = TruncatedSVD(min(cfg.ngram_dim, *(n-1 for n in x.shape)), n_iter=2, random_state=0).fit(x)
     enc.table.weight.data.zero_()[:, :len(svd.components_)] = torch.from_numpy(svd.components_.T.astype(np.float16).astype(np.float32))
     return enc
 
@@ -125,7 +134,7 @@ def fit_svm(
     out = np.zeros((x.shape[1]+1, n_classes), np.float32)
     out[-1] = -1
     if len(np.unique(y)) < 2: return out
-    m = LinearSVC(random_state=seed).fit(x, y)
+    m = LinearSVC(random_state=seed, tol=1e-2).fit(x, y)
     both = len(m.classes_) == 2
     out[:-1, m.classes_] = np.concatenate([-m.coef_, m.coef_]).T if both else m.coef_.T
     out[-1, m.classes_] = np.concatenate([-m.intercept_, m.intercept_]) if both else m.intercept_

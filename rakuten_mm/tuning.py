@@ -109,10 +109,10 @@ def oof_scores(
     ds.hide_description = 0.
     have = state_of(*(torch.from_numpy(a) for a in (ds.has_text, ds.has_image, ds.has_description))).unique().tolist()
     for s in [STATES[i] for i in have]:
-        logits,rows = expert_logits(net, ds, s, True)
+        logits,rows = expert_logits(net, ds, s)
         scored[s] = (logits, ds.targets[rows])
     net.stack.fit(scored)
-    return scores(answers(net, ds, True), ds.targets)
+    return scores(answers(net, ds), ds.targets)
 
 def run_trial(dm:ProductDataModule, cfg:TrainConfig, out_dir:Path, run_id:str, progress:bool)->dict[str, float]:
     "Train members for `cfg` on what `dm` has prepared; out-of-fold scores."

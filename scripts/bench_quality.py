@@ -127,7 +127,7 @@ def ours(data:Dataset, cfg, codes:list[int], seed:int, out_dir:Path)->dict:
     test = ProductDataset(df[df.split == 'test'], net, fitted.codes, data.images_dir, artifacts_dir()/'embeddings', progress=False)
     f1 = {}
     for s in ('text', 'image'):
-        logits,rows = expert_logits(net, test, s, False)
+        logits,rows = expert_logits(net, test, s)
         score = lambda z,y=test.targets[rows]: f1_score(y, z.argmax(1), average='weighted')
         experts = dict(zip(net.stack.names, map(score, logits), strict=True))
         f1[f'{s}_only'] = score(np.tensordot(net.stack.weights[STATES.index(s)].numpy(), logits, 1))
