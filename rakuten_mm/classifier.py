@@ -81,7 +81,7 @@ def training_step(self:ProductClassifier, batch:dict, batch_idx:int)->Tensor:
 def validation_step(self:ProductClassifier, batch:dict, batch_idx:int):
     "Loss of the experts, and F1 of the last one, on one validation batch, answered by members that have not seen it."
     logits = self.net.unseen(batch)
-    loss = self.losses(logits.unsqueeze(0), batch).mean()
+    loss = self.losses(logits[-len(self.net.experts.each):].unsqueeze(0), batch).mean()
     self.check_finite(loss, 'validation')
     self.log('val/loss', loss, batch_size=len(batch['target']), sync_dist=True)
     self.metrics.update(logits[-1], batch['target'])

@@ -113,6 +113,7 @@ def setup(self:ProductDataModule,
         own = (rows['train'].split == 'val').to_numpy()
         val.fold,val.linear = train.fold[own], [z if z is None else z[own] for z in train.linear]
     for ds in (train, val): ds.scale_once()
+    if net.gaussian: net.gaussian.fit({m: v[0] if m == 'text' else v for m,v in train.scaled.items()}, train.has_text, train.has_image, train.targets, train.fold)
     self.splits = dict(train=train, val=val)
 
 # %% ../nbs/lib/12_datamodule.ipynb #bed3fa38

@@ -28,7 +28,7 @@ def state_of(
 class Stack(nn.Module):
     "Weighted sums of experts' logits, with weights for each state."
     def __init__(self,
-        names:list[str], # Experts: some of `linear`, `text`, `image`, `fused`
+        names:list[str], # Experts: some of `linear`, `gaussian`, `text`, `image`, `fused`
     ):
         super().__init__()
         self.names = names
