@@ -151,17 +151,18 @@ def tune(data_dir, out, name, config, trials, timeout_s, metric, seed, track):
 @click.option('--out', type=folder, default=Path('artifacts/train'), help='Receives the bundle.')
 @click.option('--preset', 'name', type=click.Choice(list(PRESETS)), default='cpu')
 @click.option('--config', type=file, help='Train by this JSON, e.g. the best.json of a tuning, instead of a preset.')
+@click.option('--init', type=existing, help='Go on from this folder of an earlier training, in a fraction of the time.')
 @click.option('--seed', default=42)
 @click.option('--references/--no-references', default=False, help='Also train the text-only and image-only models.')
 @click.option('--split', type=click.Choice(['grouped', 'reference', 'time']), default='grouped', help='Which split to train and test on; only grouped is registered.')
 @click.option('--track/--no-track', default=True, help='Log to MLflow, register, and promote if better than the champion.')
-def train(data_dir, out, name, config, seed, references, split, track):
+def train(data_dir, out, name, config, init, seed, references, split, track):
     "Train on the dataset in DATA_DIR, and evaluate on its test split."
     from contextlib import nullcontext
     from rakuten_mm import config as configs, dataset, promotion, tracking, training
     data,cfg = dataset.Dataset.open(data_dir, split=split), configs.read_config(config) if config else configs.preset(name)
     with tracking.tracked_run(name=f'train {config.stem if config else name}') if track else nullcontext('') as run:
-        bundle = training.export(training.fit(data, cfg, out, seed, run), data, out, seed)
+        bundle = training.export(training.fit(data, cfg, out, seed, run, init=init or ''), data, out, seed)
         refs = training.fit_references(data, cfg, out/'references', seed, run) if references else {}
         table = training.evaluate(bundle, data, refs)
         click.echo(table.round(4).to_string()+f"\non the test rows of the {split} split of data {data.manifest['version']}; bundle in {bundle}")

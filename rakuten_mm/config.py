@@ -60,6 +60,7 @@ class FitConfig:
     "Optimisation."
     max_epochs:int = 4 # Epochs of the one-cycle schedule
     min_steps:int = 80 # More epochs than that where the data is so small that they make fewer steps
+    init_epochs:int = 1 # Epochs where training goes on from an earlier run, at a quarter of the learning rate
     batch_size:int = 256 # Listings per step and device
     lr:float = 8e-3 # Peak learning rate
     weight_decay:float = 0.05 # AdamW weight decay

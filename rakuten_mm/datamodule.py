@@ -20,15 +20,19 @@ from .runtime import PixelEncoder
 
 # %% ../nbs/lib/12_datamodule.ipynb #c2aa4a28
 def deal_folds(
-    rows:pd.DataFrame, # Columns prdtypecode, group
+    rows:pd.DataFrame, # Columns prdtypecode, group; productid with `known`
     n:int, # Folds
     seed:int = 42,
+    known:pd.Series|None = None, # Folds that an earlier run has dealt, by productid; they stay
 )->np.ndarray: # (N,) 0…n-1
     "A fold for each listing: stratified by class, groups kept whole."
     groups = rows.groupby('group', sort=True).agg(code=('prdtypecode', 'min'), size=('prdtypecode', 'size'))
     if len(groups) < n: raise ValueError(f'{len(groups)} groups of training listings cannot be dealt into {n} folds; set network.members lower')
     groups = groups.sample(frac=1, random_state=seed).sort_values(['code', 'size'], ascending=[True, False], kind='stable')
-    return rows.group.map(pd.Series(np.arange(len(groups))%n, groups.index)).to_numpy()
+    dealt = rows.group.map(pd.Series(np.arange(len(groups))%n, groups.index))
+    if known is None: return dealt.to_numpy()
+    own = rows.productid.map(known)
+    return own.fillna(own.groupby(rows.group).transform('first')).fillna(dealt).astype(int).to_numpy()
 
 # %% ../nbs/lib/12_datamodule.ipynb #1f6e0b9c
 def holds_out(
@@ -78,10 +82,11 @@ class ProductDataModule(pl.LightningDataModule):
         encode:PixelEncoder|None = None, # Runtime of the image encoder; PyTorch if left out
         progress:bool = True,
         hold_out:bool = True, # Keep the validation listings out of training
+        folds:pd.Series|None = None, # By productid, of the earlier run that `net` comes from; its scale is kept
     ):
         super().__init__()
         self.data,self.net,self.codes,self.store_dir,self.seed,self.encode,self.progress = data,net,codes,store_dir,seed,encode,progress
-        self.cfg,self.splits,self.hold_out = net.cfg,{},hold_out
+        self.cfg,self.splits,self.hold_out,self.folds = net.cfg,{},hold_out,folds
 
     @property
     def place(self)->tuple[int, int]:
@@ -101,13 +106,13 @@ def setup(self:ProductDataModule,
     rows = dict(train=training_rows(df, self.hold_out), val=df[df.split == 'val'])
     read = lambda s: ProductDataset(rows[s], net, self.codes, self.data.images_dir, self.store_dir, self.encode, self.progress)
     train = read('train')
-    train.fold,train.hide_description = deal_folds(rows['train'], self.cfg.network.members, self.seed), self.cfg.network.description_dropout
+    train.fold,train.hide_description = deal_folds(rows['train'], self.cfg.network.members, self.seed, self.folds), self.cfg.network.description_dropout
     for m,has in (('text', train.has_text), ('image', train.has_image)):
         if m in self.cfg.modalities and not has.any(): raise ValueError(f'no training listing has {m}; use a preset that does not read it')
     if net.linear:
         net.linear,train.linear = LinearExpert.cross_fit(train.full.ngrams, train.targets, train.fold, len(self.codes),
                                                          (train.short.ngrams,), n_threads(self.cfg.fit.n_threads))
-    self.fit_scale(train)
+    if self.folds is None: self.fit_scale(train)
     val = read('val')
     if not self.hold_out:
         own = (rows['train'].split == 'val').to_numpy()

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['Fitted', 'LentRunLogger', 'EpochBar', 'MovingAverage', 'make_trainer', 'run_key', 'resume_from', 'expert_logits',
-           'fit_stack', 'answers', 'fit', 'run_epochs', 'earlier_epochs', 'check_trainable', 'check_learnt']
+           'fit_stack', 'answers', 'earlier_run', 'fit', 'conclude', 'run_epochs', 'earlier_epochs', 'check_trainable',
+           'check_learnt']
 
 # %% ../nbs/lib/17b_fitting.ipynb #7b1da954
 import hashlib, json, logging, shutil, time, warnings
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, MLFlowLogger
 from .batches import ProductDataset
+from .bundle import file_hashes, load_bundle
 from .classifier import ProductClassifier
 from .config import TrainConfig, artifacts_dir, n_threads
 from .dataset import Dataset, write_atomic
@@ -38,7 +40,7 @@ class Fitted:
     history:pd.DataFrame # One row an epoch
     val:dict[str, float] # Scores on the validation split
     triage:Triage # Lanes, set on the validation split
-    oof:pd.DataFrame # productid, and out-of-fold probabilities of the training listings as `p_<code>`; empty with one member
+    oof:pd.DataFrame # productid, fold, and out-of-fold probabilities of the training listings as `p_<code>`; empty with one member
     seconds:float # Wall time, embedding included
 
 # %% ../nbs/lib/17b_fitting.ipynb #67d387bf
@@ -150,6 +152,24 @@ def answers(
     ds = copy(ds); ds.hide_description = 0.
     return np.concatenate([net.stacked(net.unseen(b), b).softmax(1).numpy() for b in ds.batches()])
 
+# %% ../nbs/lib/17b_fitting.ipynb #d2c9e1a4
+def earlier_run(
+    folder:str|Path, # Of a training: `bundle/` and `oof.parquet`
+    cfg:TrainConfig,
+    codes:list[int],
+)->tuple[MultimodalNet, pd.Series]|None: # Its network, and the fold of each productid
+    "What to go on from; None, with a warning, if it does not fit. Raises `FileNotFoundError`, or `BundleError` if it is damaged."
+    folder = Path(folder)
+    if not (folder/'oof.parquet').exists(): raise FileNotFoundError(f'{folder}: no oof.parquet; give the folder of a training on frozen encoders')
+    net,config = load_bundle(folder/'bundle')
+    same = dict(categories=config['codes'] == codes, encoders=net.cfg.encoders == cfg.encoders, network=net.cfg.network == cfg.network)
+    if not all(same.values()):
+        warnings.warn(f"{folder} has other {' and '.join(k for k,v in same.items() if not v)}; training starts from scratch")
+        return None
+    net.cfg = replace(cfg, fit=replace(cfg.fit, max_epochs=cfg.fit.init_epochs, min_steps=0, lr=cfg.fit.lr/4))
+    net.experts.requires_grad_(True).train()
+    return net, pd.read_parquet(folder/'oof.parquet', columns=['productid', 'fold']).set_index('productid').fold
+
 # %% ../nbs/lib/17b_fitting.ipynb #87d72b93
 def fit(
     data:Dataset,
@@ -158,6 +178,7 @@ def fit(
     seed:int = 42,
     run_id:str = '', # MLflow run to log to
     progress:bool = True, # Show progress bars
+    init:str|Path = '', # Folder of an earlier training to go on from
 )->Fitted:
     "Train on the training split and calibrate on the validation split; the test split is not looked at. A run that was killed goes on."
     start,out_dir,df = time.perf_counter(), Path(out_dir), data.products
@@ -165,24 +186,31 @@ def fit(
     torch.set_num_threads(n_threads(cfg.fit.n_threads))
     pl.seed_everything(seed, verbose=False)
     if run_id: log_provenance(run_id, cfg, seed, data.manifest['version'])
-    hold_out = holds_out(df, cfg.fit, cfg.network.members)
-    train = training_rows(df, hold_out)
-    codes = sorted(int(c) for c in df.prdtypecode.unique())
-    net = build_network(cfg, train.title.tolist(), train.text.tolist(), len(codes))
+    hold_out,codes = holds_out(df, cfg.fit, cfg.network.members), sorted(int(c) for c in df.prdtypecode.unique())
+    train,before,key = training_rows(df, hold_out), earlier_run(init, cfg, codes) if init else None, data.manifest['version']
+    if before: key += json.dumps(file_hashes(Path(init, 'bundle')))
+    net,folds = before or (build_network(cfg, train.title.tolist(), train.text.tolist(), len(codes)), None)
     frozen = net.image and not cfg.encoders.train_image
     encode = frozen_runtime(net.image, cfg.encoders.image_size, artifacts_dir()/'graphs') if frozen else None
-    dm = ProductDataModule(data, net, codes, artifacts_dir()/'embeddings', seed, encode, progress, hold_out)
+    dm = ProductDataModule(data, net, codes, artifacts_dir()/'embeddings', seed, encode, progress, hold_out, folds)
     dm.setup()
-    history = run_epochs(net, dm, cfg, out_dir, seed, run_id, progress, data.manifest['version'])
-    net.cpu().eval().requires_grad_(False)
-    fit_stack(net, *dm.splits.values(), hold_out)
-    probs,targets = answers(net, dm.splits['val']), dm.splits['val'].targets
-    val = scores(probs, targets)
-    check_learnt(probs.argmax(1), targets)
-    triage = fit_triage(probs, targets, df[df.split == 'val'].group.to_numpy())
-    oof = pd.DataFrame(answers(net, dm.splits['train']), columns=[f'p_{c}' for c in codes]) if cfg.network.members > 1 else pd.DataFrame()
-    if len(oof): oof.insert(0, 'productid', train.productid.to_numpy())
-    return Fitted(net, codes, {int(c): n for c,n in data.manifest['names'].items()}, history, val, triage, oof, time.perf_counter()-start)
+    history = run_epochs(net, dm, net.cfg, out_dir, seed, run_id, progress, key)
+    return conclude(data, dm, history, start)
+
+# %% ../nbs/lib/17b_fitting.ipynb #0d9b8a6e
+def conclude(data:Dataset, dm:ProductDataModule, history:pd.DataFrame, start:float)->Fitted:
+    "Weigh the experts, set the lanes, and judge."
+    net,codes,(train,val),df = dm.net.cpu().eval().requires_grad_(False), dm.codes, dm.splits.values(), data.products
+    fit_stack(net, train, val, dm.hold_out)
+    probs = answers(net, val)
+    check_learnt(probs.argmax(1), val.targets)
+    triage = fit_triage(probs, val.targets, df[df.split == 'val'].group.to_numpy())
+    oof = pd.DataFrame()
+    if dm.cfg.network.members > 1:
+        rows = training_rows(df, dm.hold_out)
+        oof = pd.DataFrame(answers(net, train), columns=[f'p_{c}' for c in codes])
+        oof.insert(0, 'productid', rows.productid.to_numpy()); oof.insert(1, 'fold', train.fold)
+    return Fitted(net, codes, {int(c): n for c,n in data.manifest['names'].items()}, history, scores(probs, val.targets), triage, oof, time.perf_counter()-start)
 
 # %% ../nbs/lib/17b_fitting.ipynb #5745dcae
 def run_epochs(net:MultimodalNet, dm:ProductDataModule, cfg:TrainConfig, out_dir:Path, seed:int, run_id:str, progress:bool, data_version:str)->pd.DataFrame:
@@ -229,7 +257,7 @@ def check_learnt(
     rng,size = np.random.default_rng(0), np.bincount(targets)
     def f1(a:np.ndarray, t:np.ndarray)->float: # 200 calls of scikit-learn's take a second
         hit,n = np.bincount(t[a == t], minlength=len(size)), np.bincount(a, minlength=len(size))[:len(size)]
-        return float((2*hit/(n+size)*size).sum()/len(t))
+        return float((2*hit/np.maximum(n+size, 1)*size).sum()/len(t))
     chance = np.quantile([f1(answers, rng.permutation(targets)) for _ in range(tries)], .99)
     got,floor = f1(answers, targets), max(chance, f1(np.full(len(targets), size.argmax()), targets))
     if not got > floor: raise ValueError(f'weighted F1 on the validation split is {got:.3f}; chance gives up to {floor:.3f}. Nothing was learnt: check the labels')

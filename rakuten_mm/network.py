@@ -208,7 +208,7 @@ def forward(self:MultimodalNet, batch:dict)->Tensor: # (M, E, B, K)
     "Logits of each member's experts; while training, of those that are being trained."
     v,masks = self.vectors(batch), [batch[k].float().unsqueeze(1) for k in ('has_text', 'has_image')]
     x = self.experts(v.get('text'), v.get('image'), *masks)
-    return torch.cat([self.gaussian(v, *masks).unsqueeze(1), x], 1) if self.gaussian and not self.training else x
+    return torch.cat([self.gaussian(v, *masks).unsqueeze(1), x], 1) if self.gaussian and not self.experts.training else x
 
 # %% ../nbs/lib/11_network.ipynb #a15e7f30
 @patch

@@ -46,7 +46,7 @@ def check_bundle(bundle:Path, net:MultimodalNet, rows:pd.DataFrame, images_dir:P
 def export(
     fitted:Fitted,
     data:Dataset,
-    out_dir:str|Path, # Receives `bundle/`
+    out_dir:str|Path, # Receives `bundle/`, and `oof.parquet` if there are out-of-fold probabilities
     seed:int = 42,
     n_check:int = 128, # Validation listings that the bundle must agree on
 )->Path: # The bundle
@@ -62,6 +62,7 @@ def export(
     bundle = save_bundle(Path(out_dir)/'bundle', net, fitted.codes, fitted.names, info, fitted.triage.to_dict(), graphs)
     try: check_bundle(bundle, net, some, data.images_dir)
     except AgreementError: shutil.rmtree(bundle); raise
+    if len(fitted.oof): fitted.oof.to_parquet(Path(out_dir, 'oof.parquet'))
     add_golden(bundle, usable[usable.split == 'test'], data.images_dir)
     return bundle
 

@@ -7,7 +7,7 @@ two parts, 99 % and 1 %. Every training runs in a process of its own, after a sm
 calls do not count. Ratios compare things measured in this one run; with several rounds they are medians of each round's ratio.
 
 warm_over_cold   `fit` on the 99 % with all vectors stored, over the same with an empty store
-delta_over_cold  `fit` after the 1 % came, over the same
+delta_over_cold  `fit` after the 1 % came, going on from the first training (`init`), over the same
 epoch_over_bare  the training batches of an epoch of fine-tuning an image encoder through Lightning, from the files on the
                  disk, over forward, backward and optimiser step of the same batches in memory; epochs alternate
 """
@@ -74,6 +74,7 @@ def watch_training()->Stopwatch:
 def child(job:dict):
     "Warm up on other data, then train once; prints seconds, by phase too."
     from rakuten_mm import fitting
+    from rakuten_mm.bundle import save_bundle
     home = os.environ['RAKUTEN_MM_ARTIFACTS']
     with tempfile.TemporaryDirectory() as d:
         os.environ['RAKUTEN_MM_ARTIFACTS'] = d
@@ -86,7 +87,9 @@ def child(job:dict):
     os.environ['RAKUTEN_MM_ARTIFACTS'] = home
     if not job['quick']: fitting.check_learnt = learnt
     data,watch = Dataset.open(job['data'], job['version']), watch_training()
-    fitted = fitting.fit(data, cfg, Path(job['out']), progress=False)
+    fitted = fitting.fit(data, cfg, Path(job['out']), progress=False, init=job['init'])
+    save_bundle(Path(job['out'])/'bundle', fitted.net, fitted.codes, fitted.names)  # to go on from; `export` measures runtimes besides
+    fitted.oof.to_parquet(Path(job['out'])/'oof.parquet')
     print(json.dumps(dict(s=fitted.seconds, phases=dict(watch.seconds), epochs=len(fitted.history), f1_weighted=fitted.val['f1_weighted'])))
 
 
@@ -129,7 +132,8 @@ def stored_vectors(work:Path, data_dir:Path, versions:tuple, warm_up:Path, name:
         artifacts = work/f'artifacts{r}'
         job = dict(data=data_dir, warm_up=warm_up, preset=name, quick=quick)
         for kind in seen:
-            seen[kind].append(timed_fit(artifacts, **job, version=versions[kind == 'delta'], out=artifacts/kind))
+            seen[kind].append(timed_fit(artifacts, **job, version=versions[kind == 'delta'], out=artifacts/kind,
+                                        init=artifacts/'cold' if kind == 'delta' else ''))
             say(f"  {kind}: {seen[kind][-1]['s']:.1f} s  "+'  '.join(f'{k} {v:.1f}' for k,v in seen[kind][-1]['phases'].items()))
         shutil.rmtree(artifacts)
     middle = lambda values: statistics.median(values)
