@@ -56,7 +56,7 @@ def shortest(
     return x.half() if x.dtype == torch.float32 and torch.equal(x.half().float(), x) else x
 
 # %% ../nbs/lib/15_bundle.ipynb #8c5f9bdd
-FORMAT = 3
+FORMAT = 4
 
 def save_bundle(
     dest:str|Path, # Folder to write; an existing bundle there is replaced

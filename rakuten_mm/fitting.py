@@ -116,9 +116,11 @@ def expert_logits(
     net:MultimodalNet,
     ds:ProductDataset, # Its folds say who has seen what
     state:str, # One of `stacking.STATES`
+    max_rows:int|None = None, # Take a sample where there are more
 )->tuple[np.ndarray, np.ndarray]: # (E, N, K) logits and (N,) positions of the listings that can be in this state
     "Logits of all experts that have not seen the listing, the linear one first."
     seen,rows = ds.view(state)
+    if max_rows and len(rows) > max_rows: rows = np.sort(np.random.default_rng(0).choice(rows, max_rows, replace=False))
     out = []
     for b in seen.batches(rows):
         x = net.unseen(b)
@@ -130,12 +132,13 @@ def fit_stack(
     train:ProductDataset, # With the folds that the members were trained on
     val:ProductDataset,
     hold_out:bool, # Whether `val` was kept out of training
+    max_rows:int = 2_000, # Listings of a state to weigh experts on; there are few weights
 ):
     "Fit the weights of `net.stack`, then its temperatures."
     many = net.cfg.network.members > 1
     source,scored = train if many else val, {}
     for s in STATES:
-        logits,rows = expert_logits(net, source, s)
+        logits,rows = expert_logits(net, source, s, max_rows)
         scored[s] = (logits, source.targets[rows])
     net.stack.fit(scored)
     for s in STATES if many and hold_out else []:

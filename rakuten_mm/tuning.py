@@ -92,7 +92,7 @@ def with_heads(
     if cfg.encoders != base.cfg.encoders or any(getattr(cfg.network, n) != getattr(base.cfg.network, n) for n in ('members', 'components')):
         raise ValueError('trials share encoders and folds; prepare anew to change encoders, network.members or network.components')
     net = MultimodalNet(base.ngrams, base.text, base.image, base.n_classes, cfg)
-    net.linear,net.scale = base.linear,base.scale
+    net.linear,net.gaussian,net.scale = base.linear,base.gaussian,base.scale
     other,train = ProductDataModule(dm.data, net, dm.codes, dm.store_dir, dm.seed, progress=dm.progress), copy(dm.splits['train'])
     train.hide_description = cfg.network.description_dropout
     other.splits = dm.splits | dict(train=train)
