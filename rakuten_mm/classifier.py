@@ -99,7 +99,7 @@ def on_train_epoch_start(self:ProductClassifier):
 @patch
 def on_save_checkpoint(self:ProductClassifier, checkpoint:dict):
     "Leave out what is frozen."
-    frozen = {n for n,p in self.named_parameters() if not p.requires_grad}
+    frozen = set() if self.cfg.fit.ema else {n for n,p in self.named_parameters() if not p.requires_grad}
     checkpoint['state_dict'] = {k: v for k,v in checkpoint['state_dict'].items() if k not in frozen}
 
 # %% ../nbs/lib/14_classifier.ipynb #57010138

@@ -74,7 +74,7 @@ def moments(
     k:int, # Categories
 )->tuple[np.ndarray, np.ndarray, np.ndarray]: # Squares (D, D), sums (K, D) and counts (K,)
     "What discriminants are computed from."
-    one = np.zeros((len(y), k), np.float32); one[np.arange(len(y)), y] = 1
+    x,one = x.astype(np.float64), np.zeros((len(y), k)); one[np.arange(len(y)), y] = 1
     return x.T@x, one.T@x, one.sum(0)
 
 @patch
