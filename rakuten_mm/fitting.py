@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Fitted', 'LentRunLogger', 'EpochBar', 'MovingAverage', 'make_trainer', 'run_key', 'resume_from', 'expert_logits',
-           'fit_stack', 'answers', 'earlier_run', 'fit', 'conclude', 'run_epochs', 'earlier_epochs', 'check_trainable',
-           'check_learnt']
+           'fit_stack', 'answers', 'earlier_run', 'fit', 'conclude', 'run_epochs', 'earlier_epochs', 'check_trainable']
 
 # %% ../nbs/lib/17b_fitting.ipynb #7b1da954
 import hashlib, json, logging, shutil, time, warnings
@@ -23,7 +22,7 @@ from .config import TrainConfig, artifacts_dir, n_threads
 from .dataset import Dataset, write_atomic
 from .datamodule import ProductDataModule, holds_out, training_rows
 from .embedding import fast_dtype
-from .metrics import scores
+from .metrics import check_learnt, scores
 from .network import MultimodalNet, build_network
 from .runtime import frozen_runtime
 from .stacking import STATES
@@ -127,6 +126,7 @@ def expert_logits(
         out.append((torch.cat([b['linear'].unsqueeze(0), x]) if net.linear else x).numpy())
     return (np.concatenate(out, 1) if out else np.zeros((len(net.stack.names), 0, net.n_classes))), rows
 
+# %% ../nbs/lib/17b_fitting.ipynb #e8c20a47
 def fit_stack(
     net:MultimodalNet, # In evaluation mode
     train:ProductDataset, # With the folds that the members were trained on
@@ -250,17 +250,3 @@ def check_trainable(
     if not (df.split == 'val').any(): raise ValueError('the dataset has no validation listings; it is too small to train on')
     n = df[df.split == 'train'].prdtypecode.nunique()
     if n < 2: raise ValueError(f'the training listings have {n} category; there is nothing to tell apart')
-
-def check_learnt(
-    answers:np.ndarray, # (N,) class indices that the model gives on the validation split
-    targets:np.ndarray, # (N,)
-    tries:int = 200, # Shuffles
-):
-    "Raises `ValueError` unless the answers are better than 99 % of what chance gives, and than naming the largest class."
-    rng,size = np.random.default_rng(0), np.bincount(targets)
-    def f1(a:np.ndarray, t:np.ndarray)->float: # 200 calls of scikit-learn's take a second
-        hit,n = np.bincount(t[a == t], minlength=len(size)), np.bincount(a, minlength=len(size))[:len(size)]
-        return float((2*hit/np.maximum(n+size, 1)*size).sum()/len(t))
-    chance = np.quantile([f1(answers, rng.permutation(targets)) for _ in range(tries)], .99)
-    got,floor = f1(answers, targets), max(chance, f1(np.full(len(targets), size.argmax()), targets))
-    if not got > floor: raise ValueError(f'weighted F1 on the validation split is {got:.3f}; chance gives up to {floor:.3f}. Nothing was learnt: check the labels')
