@@ -118,13 +118,13 @@ def scale_once(self:ProductDataset):
 def on_scale(self:ProductDataset,
     part:str, # `text` or `image`
     read, # From positions (B,) to vectors (B, D)
-)->np.ndarray: # (N, C) float16
+)->np.ndarray: # (N, C) float32
     "All vectors of a part, on its scale."
     out = []
     for rows in np.array_split(np.arange(len(self)), -(-len(self)//4096)):
         v = read(rows)
         if not np.isfinite(v).all(): raise FloatingPointError(f'stored vectors of the {part} are no numbers; delete the embeddings folder and train again')
-        out.append(self.net.scale[part](torch.from_numpy(v)).half().numpy())
+        out.append(self.net.scale[part](torch.from_numpy(v)).numpy())
     return np.concatenate(out)
 
 # %% ../nbs/lib/11b_batches.ipynb #8ae57583
@@ -140,7 +140,7 @@ def __getitem__(self:ProductDataset,
     b = self.read_images(idx)
     if self.full:
         pick = lambda full,short: np.where(cut[:, None], short(), full()) if cut.any() else full()
-        if 'text' in s: b['scaled_text'] = pick(lambda: s['text'][0][idx], lambda: s['text'][-1][idx]).astype(np.float32)
+        if 'text' in s: b['scaled_text'] = pick(lambda: s['text'][0][idx], lambda: s['text'][-1][idx])
         else: b['text'] = pick(lambda: self.full.vectors(idx), lambda: self.short.vectors(idx))
         if net.linear: b['linear'] = pick(lambda: self.linear[0][idx], lambda: self.linear[1][idx])
     elif 'text' in net.cfg.modalities: b |= blank(net, len(idx))
@@ -154,7 +154,7 @@ def __getitem__(self:ProductDataset,
 @patch
 def read_images(self:ProductDataset, idx:np.ndarray)->dict[str, np.ndarray]:
     "Pixels, vectors or scaled vectors of pictures, by their name in the batch; nothing for a model without."
-    if 'image' in self.scaled: return dict(scaled_image=self.scaled['image'][idx].astype(np.float32))
+    if 'image' in self.scaled: return dict(scaled_image=self.scaled['image'][idx])
     if not self.net.image: return {}
     return dict(image=self.images.take([self.names[i] for i in idx])) if self.images else dict(pixels=self.pixels(idx))
 

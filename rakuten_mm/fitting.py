@@ -77,8 +77,7 @@ def make_trainer(
 )->pl.Trainer:
     "A trainer that keeps the last two checkpoints."
     for name in ('pytorch_lightning', 'lightning.pytorch', 'pytorch_lightning.utilities.rank_zero'): logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings('ignore', message='.*does not have many workers.*|.*number of training batches.*|.*directory .* exists.*|.*in eval mode at the start.*')
-    warnings.filterwarnings('ignore', message='.*LeafSpec.*')  # Lightning's, about PyTorch
+    warnings.filterwarnings('ignore', message='.*does not have many workers.*|.*number of training batches.*|.*directory .* exists.*|.*in eval mode at the start.*|.*LeafSpec.*')
     f,every = cfg.fit, 1 if cfg.fine_tunes else max(1, epochs//4)
     callbacks = [ModelCheckpoint(out_dir/'checkpoints', '{epoch:04d}', monitor='epoch', mode='max', save_top_k=2, every_n_epochs=every)]
     if f.ema: callbacks.append(MovingAverage(f.ema))
@@ -188,15 +187,15 @@ def fit(
     check_trainable(df)
     torch.set_num_threads(n_threads(cfg.fit.n_threads))
     pl.seed_everything(seed, verbose=False)
-    if run_id: log_provenance(run_id, cfg, seed, data.manifest['version'])
     hold_out,codes = holds_out(df, cfg.fit, cfg.network.members), sorted(int(c) for c in df.prdtypecode.unique())
-    train,before,key = training_rows(df, hold_out), earlier_run(init, cfg, codes) if init else None, data.manifest['version']
-    if before: key += json.dumps(file_hashes(Path(init, 'bundle')))
+    train,before = training_rows(df, hold_out), earlier_run(init, cfg, codes) if init else None
+    key = data.manifest['version']+(json.dumps(file_hashes(Path(init, 'bundle'))) if before else '')
     net,folds = before or (build_network(cfg, train.title.tolist(), train.text.tolist(), len(codes)), None)
     frozen = net.image and not cfg.encoders.train_image
     encode = frozen_runtime(net.image, cfg.encoders.image_size, artifacts_dir()/'graphs') if frozen else None
     dm = ProductDataModule(data, net, codes, artifacts_dir()/'embeddings', seed, encode, progress, hold_out, folds)
     dm.setup()
+    if run_id: log_provenance(run_id, net.cfg, seed, data.manifest['version'])
     history = run_epochs(net, dm, net.cfg, out_dir, seed, run_id, progress, key)
     return conclude(data, dm, history, start)
 
@@ -210,9 +209,8 @@ def conclude(data:Dataset, dm:ProductDataModule, history:pd.DataFrame, start:flo
     triage = fit_triage(probs, val.targets, df[df.split == 'val'].group.to_numpy())
     oof = pd.DataFrame()
     if dm.cfg.network.members > 1:
-        rows = training_rows(df, dm.hold_out)
-        oof = pd.DataFrame(answers(net, train), columns=[f'p_{c}' for c in codes])
-        oof.insert(0, 'productid', rows.productid.to_numpy()); oof.insert(1, 'fold', train.fold)
+        ids = training_rows(df, dm.hold_out).productid.to_numpy()
+        oof = pd.DataFrame(dict(productid=ids, fold=train.fold)).join(pd.DataFrame(answers(net, train), columns=[f'p_{c}' for c in codes]))
     return Fitted(net, codes, {int(c): n for c,n in data.manifest['names'].items()}, history, scores(probs, val.targets), triage, oof, time.perf_counter()-start)
 
 # %% ../nbs/lib/17b_fitting.ipynb #5745dcae
