@@ -134,7 +134,7 @@ def fit_svm(
     out = np.zeros((x.shape[1]+1, n_classes), np.float32)
     out[-1] = -1
     if len(np.unique(y)) < 2: return out
-    m = LinearSVC(random_state=seed, tol=1e-2).fit(x, y)
+    m = LinearSVC(random_state=seed).fit(x, y)
     both = len(m.classes_) == 2
     out[:-1, m.classes_] = np.concatenate([-m.coef_, m.coef_]).T if both else m.coef_.T
     out[-1, m.classes_] = np.concatenate([-m.intercept_, m.intercept_]) if both else m.intercept_
