@@ -159,18 +159,21 @@ def earlier_run(
     folder:str|Path, # Of a training: `bundle/` and `oof.parquet`
     cfg:TrainConfig,
     codes:list[int],
+    held = (), # productid of the listings that must stay unseen
 )->tuple[MultimodalNet, pd.Series]|None: # Its network, and the fold of each productid
     "What to go on from; None, with a warning, if it does not fit. Raises `FileNotFoundError`, or `BundleError` if it is damaged."
     folder = Path(folder)
     if not (folder/'oof.parquet').exists(): raise FileNotFoundError(f'{folder}: no oof.parquet; give the folder of a training on frozen encoders')
     net,config = load_bundle(folder/'bundle')
+    folds = pd.read_parquet(folder/'oof.parquet', columns=['productid', 'fold']).set_index('productid').fold
     same = dict(categories=config['codes'] == codes, encoders=net.cfg.encoders == cfg.encoders, network=net.cfg.network == cfg.network)
+    same['splits'] = not folds.index.isin(list(held)).any()
     if not all(same.values()):
         warnings.warn(f"{folder} has other {' and '.join(k for k,v in same.items() if not v)}; training starts from scratch")
         return None
     net.cfg = replace(cfg, fit=replace(cfg.fit, max_epochs=cfg.fit.init_epochs, min_steps=0, lr=cfg.fit.lr/4))
     net.experts.requires_grad_(True).train()
-    return net, pd.read_parquet(folder/'oof.parquet', columns=['productid', 'fold']).set_index('productid').fold
+    return net, folds
 
 # %% ../nbs/lib/17b_fitting.ipynb #87d72b93
 def fit(
@@ -188,7 +191,8 @@ def fit(
     torch.set_num_threads(n_threads(cfg.fit.n_threads))
     pl.seed_everything(seed, verbose=False)
     hold_out,codes = holds_out(df, cfg.fit, cfg.network.members), sorted(int(c) for c in df.prdtypecode.unique())
-    train,before = training_rows(df, hold_out), earlier_run(init, cfg, codes) if init else None
+    train = training_rows(df, hold_out)
+    before = earlier_run(init, cfg, codes, df.productid.drop(train.index)) if init else None
     key = data.manifest['version']+(json.dumps(file_hashes(Path(init, 'bundle'))) if before else '')
     net,folds = before or (build_network(cfg, train.title.tolist(), train.text.tolist(), len(codes)), None)
     frozen = net.image and not cfg.encoders.train_image
