@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'QUIET', 'EncoderConfig', 'NetworkConfig', 'FitConfig', 'TrainConfig', 'from_dict', 'write_config',
-           'read_config', 'preset', 'single_modality', 'use_hub', 'load_environment', 'artifacts_dir', 'enter_checkout',
-           'n_threads', 'leave_with_parent']
+           'read_config', 'preset', 'single_modality', 'use_hub', 'load_environment', 'artifacts_dir', 'graphs_dir',
+           'enter_checkout', 'n_threads', 'leave_with_parent']
 
 # %% ../nbs/lib/00_config.ipynb #d24b21c8
 import json, os, warnings
@@ -181,6 +181,10 @@ def load_environment(
 def artifacts_dir()->Path:
     "Absolute folder that runs write to."
     return Path(os.environ.get('RAKUTEN_MM_ARTIFACTS', 'artifacts')).resolve()
+
+def graphs_dir()->Path:
+    "Absolute folder of the ONNX graphs of frozen encoders."
+    return Path(os.environ.get('RAKUTEN_MM_GRAPHS') or artifacts_dir()/'graphs').resolve()
 
 # %% ../nbs/lib/00_config.ipynb #c030b0c4
 def enter_checkout()->Path:

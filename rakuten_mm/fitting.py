@@ -18,7 +18,7 @@ from pytorch_lightning.loggers import CSVLogger, MLFlowLogger
 from .batches import ProductDataset
 from .bundle import file_hashes, load_bundle
 from .classifier import ProductClassifier
-from .config import TrainConfig, artifacts_dir, n_threads
+from .config import TrainConfig, artifacts_dir, graphs_dir, n_threads
 from .dataset import Dataset, write_atomic
 from .datamodule import ProductDataModule, holds_out, training_rows
 from .embedding import fast_dtype
@@ -196,7 +196,7 @@ def fit(
     key = data.manifest['version']+(json.dumps(file_hashes(Path(init, 'bundle'))) if before else '')
     net,folds = before or (build_network(cfg, train.title.tolist(), train.text.tolist(), len(codes)), None)
     frozen = net.image and not cfg.encoders.train_image
-    encode = frozen_runtime(net.image, cfg.encoders.image_size, artifacts_dir()/'graphs') if frozen else None
+    encode = frozen_runtime(net.image, cfg.encoders.image_size, graphs_dir()) if frozen else None
     dm = ProductDataModule(data, net, codes, artifacts_dir()/'embeddings', seed, encode, progress, hold_out, folds)
     dm.setup()
     if run_id: log_provenance(run_id, net.cfg, seed, data.manifest['version'])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'Eager', 'Session', 'encode', 'runtime', 'differences', 'Choice', 'candidates', 'timed', 'fastest',
-           'AgreementError', 'check_agreement', 'PixelEncoder', 'frozen_runtime']
+           'AgreementError', 'check_agreement', 'PixelEncoder', 'kept_graph', 'frozen_runtime']
 
 # %% ../nbs/lib/09c_runtime.ipynb #797a0595
 import copy, time, warnings
@@ -116,11 +116,12 @@ def candidates(
     encoder:ImageEncoder|HFEncoder,
     samples, # Pictures or token ids
     names:tuple = NAMES, # What to try beside `eager`
+    graph:bytes|None = None, # From `export_onnx`, where that was done already
 )->tuple[dict, dict, dict]: # Runtimes, graphs and reasons, by name
     "Everything that could be chosen, and what could not."
     runs,graphs,rejected = {'eager': Eager(encoder)}, {}, {}
     size = samples.shape[1] if isinstance(encoder, ImageEncoder) else None
-    make = {'onnx': lambda: export_onnx(encoder, size), 'onnx-int8': lambda: int8_graph(graphs['onnx'], encoder, samples[:64])}
+    make = {'onnx': lambda: graph or export_onnx(encoder, size), 'onnx-int8': lambda: int8_graph(graphs['onnx'], encoder, samples[:64])}
     for name in names:
         try:
             if name == 'onnx-int8' and 'onnx' not in graphs: raise ValueError('there is no ONNX graph')
@@ -151,10 +152,11 @@ def fastest(
     batch_size:int = 16,
     rounds:int = 5,
     names:tuple = NAMES, # What to try beside `eager`; `onnx-int8` is made from `onnx`
+    graph:bytes|None = None, # From `export_onnx`, where that was done already
 )->Choice:
     "Measure every runtime, and choose the fastest that agrees with PyTorch in float32."
     if not len(samples): raise ValueError('nothing to measure on; give some pictures or token ids')
-    runs,graphs,rejected = candidates(encoder, samples, names)
+    runs,graphs,rejected = candidates(encoder, samples, names, graph)
     out = {name: encode(run, encoder, samples, batch_size) for name,run in runs.items()}  # also warms up
     off = {name: differences(out['eager'], v) for name,v in out.items()}
     rejected |= {name: f'differs by {100*o:.1f} %, more than {100*tolerance:g} %' for name,(o,_) in off.items() if name != 'eager' and o > tolerance}
@@ -193,16 +195,23 @@ class PixelEncoder:
         "Vectors of a batch."
         return self.run(pixels=pixels)
 
+def kept_graph(
+    encoder:ImageEncoder, # In evaluation mode
+    size:int, # Side of the pictures in pixels
+    folder:Path, # Where graphs are kept
+)->bytes|None:
+    "The ONNX graph of a frozen encoder, made once; None, with a warning, if it cannot be exported."
+    path = Path(folder)/f'{encoder_fingerprint(encoder, encoder.dim, size)}.onnx'
+    if not path.exists():
+        try: write_atomic(path, export_onnx(encoder, size))
+        except Exception as e: return warnings.warn(f'{encoder.architecture} cannot be exported to ONNX ({type(e).__name__}: {e}); PyTorch runs it')
+    return path.read_bytes()
+
 def frozen_runtime(
     encoder:ImageEncoder, # In evaluation mode
     size:int, # Side of the pictures in pixels
     folder:Path, # Where graphs are kept
 )->PixelEncoder:
     "The ONNX runtime of a frozen encoder, or PyTorch if it cannot be exported."
-    path = Path(folder)/f'{encoder_fingerprint(encoder, encoder.dim, size)}.onnx'
-    if not path.exists():
-        try: write_atomic(path, export_onnx(encoder, size))
-        except Exception as e:
-            warnings.warn(f'{encoder.architecture} cannot be exported to ONNX ({type(e).__name__}: {e}); PyTorch runs it')
-            return PixelEncoder(Eager(encoder), 'eager')
-    return PixelEncoder(Session.from_bytes(path.read_bytes()), 'onnx')
+    graph = kept_graph(encoder, size, folder)
+    return PixelEncoder(Session.from_bytes(graph), 'onnx') if graph else PixelEncoder(Eager(encoder), 'eager')

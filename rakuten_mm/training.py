@@ -10,14 +10,14 @@ import json, shutil
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from .bundle import save_bundle
-from .config import TrainConfig, artifacts_dir, single_modality
+from .config import TrainConfig, artifacts_dir, graphs_dir, single_modality
 from .dataset import Dataset
 from .embedding import load_squares
 from .encoders import HFEncoder
 from .fitting import Fitted, fit
 from .network import MultimodalNet
 from .predictor import Predictor, add_golden
-from .runtime import AgreementError, Choice, check_agreement, fastest
+from .runtime import AgreementError, Choice, check_agreement, fastest, kept_graph
 from .tracking import git_commit, tracked_run
 
 # %% ../nbs/lib/18_training.ipynb #56ebd956
@@ -31,7 +31,8 @@ def choose_runtimes(
     names = tuple(e.runtimes.split())
     if net.image:
         pixels = load_squares([n for n in rows.image.unique() if n][:32], images_dir, e.image_size)
-        if pixels: out['image'] = fastest(net.image, np.stack(list(pixels.values())), rounds=3, names=names)
+        graph = kept_graph(net.image, e.image_size, graphs_dir()) if pixels and 'onnx' in names and not e.train_image else None
+        if pixels: out['image'] = fastest(net.image, np.stack(list(pixels.values())), rounds=3, names=names, graph=graph)
     if isinstance(net.text, HFEncoder): out['text'] = fastest(net.text, net.text.tokenize(rows.title.tolist()[:64], rows.text.tolist()[:64]), rounds=3, names=names)
     return out
 

@@ -17,7 +17,7 @@ USER,PASSWORD = 'anna', 'pässword: ü'
 def environment(tmp_path_factory):
     "Artifacts, ZenML's store and credentials of this session's own; the developer's `.env` is not read."
     scratch = tmp_path_factory.mktemp('session')
-    os.environ |= dict(RAKUTEN_MM_ARTIFACTS=str(scratch/'artifacts'), ZENML_CONFIG_PATH=str(scratch/'zenml'))
+    os.environ |= dict(RAKUTEN_MM_ARTIFACTS=str(scratch/'artifacts'), ZENML_CONFIG_PATH=str(scratch/'zenml'), RAKUTEN_MM_GRAPHS=str(scratch/'graphs'))
     for k in ('MLFLOW_TRACKING_URI', 'API_USERNAME', 'API_PASSWORD', 'RAKUTEN_MM_USE_HUB'): os.environ.pop(k, None)
     load_environment(scratch/'no.env')
 

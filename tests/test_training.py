@@ -142,7 +142,7 @@ data,out = Dataset.open(sys.argv[1]), sys.argv[2]
 cfg = preset('smoke')
 cfg = replace(cfg, fit=replace(cfg.fit, strategy='ddp_notebook', devices=2, accelerator='cpu', ema=.5, n_threads=2))
 fitted = fitting.fit(data, cfg, out, progress=False)
-encode = fitting.frozen_runtime(fitted.net.image, 64, fitting.artifacts_dir()/'graphs')
+encode = fitting.frozen_runtime(fitted.net.image, 64, fitting.graphs_dir())
 val = fitting.ProductDataset(data.products[data.products.split == 'val'], fitted.net, fitted.codes, data.images_dir,
                              fitting.artifacts_dir()/'embeddings', encode, False)
 with torch.inference_mode(): fused = torch.cat([fitted.net.unseen(b)[-1] for b in val.batches()])
