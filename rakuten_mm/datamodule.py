@@ -11,7 +11,7 @@ import numpy as np, pandas as pd, torch
 import pytorch_lightning as pl
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Sampler
-from .batches import ProductDataset
+from .batches import ProductDataset, check_finite
 from .config import FitConfig, n_threads
 from .dataset import Dataset
 from .network import MultimodalNet
@@ -136,7 +136,7 @@ def fit_scale(self:ProductDataModule, train:ProductDataset, max_rows:int = 20_00
     if 'text' in self.net.scale and not self.cfg.encoders.train_text: vectors['text'] = train.full.vectors(some[train.has_text[some]])
     if train.images: vectors['image'] = train.images.take([train.names[i] for i in some if train.has_image[i]])
     for part,v in vectors.items():
-        if not np.isfinite(v).all(): raise FloatingPointError(f'stored vectors of the {part} are no numbers; delete the embeddings folder and train again')
+        check_finite(v, part)
         self.net.scale[part].fit(torch.from_numpy(v))
 
 # %% ../nbs/lib/12_datamodule.ipynb #24e85dce

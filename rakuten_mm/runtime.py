@@ -207,6 +207,7 @@ def kept_graph(
         except Exception as e: return warnings.warn(f'{encoder.architecture} cannot be exported to ONNX ({type(e).__name__}: {e}); PyTorch runs it')
     return path.read_bytes()
 
+# %% ../nbs/lib/09c_runtime.ipynb #5d0c77e1
 def frozen_runtime(
     encoder:ImageEncoder, # In evaluation mode
     size:int, # Side of the pictures in pixels

@@ -63,7 +63,8 @@ def export(
     bundle = save_bundle(Path(out_dir)/'bundle', net, fitted.codes, fitted.names, info, fitted.triage.to_dict(), graphs)
     try: check_bundle(bundle, net, some, data.images_dir)
     except AgreementError: shutil.rmtree(bundle); raise
-    if len(fitted.oof): fitted.oof.to_parquet(Path(out_dir, 'oof.parquet'))
+    kept = Path(out_dir, 'oof.parquet'); kept.unlink(missing_ok=True)
+    if len(fitted.oof): fitted.oof.to_parquet(kept)
     add_golden(bundle, usable[usable.split == 'test'], data.images_dir)
     return bundle
 
