@@ -1,6 +1,7 @@
 "What goes over the wire."
 import base64
 import binascii
+from datetime import datetime
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -9,13 +10,14 @@ from rakuten_mm.image import MAX_BYTES
 
 MAX_TEXT = 20_000 # characters of a title or a description; models read far less
 MAX_BODY = MAX_BYTES*4//3 + 500_000 # bytes of a request: one picture in base64, two texts
+MAX_BATCH = 32 # listings of a batch
 
 
 def decode_base64(
     v, # A JSON value
 )->bytes|None:
     "Bytes of a base64 string; raises `ValueError`, which becomes a 422."
-    if v is None: return None
+    if v is None or isinstance(v, bytes): return v  # bytes come from a form
     if not isinstance(v, str): raise ValueError('must be a base64 string')
     if len(v) > MAX_BYTES*4//3+4: raise ValueError(f'the picture is larger than {MAX_BYTES:,} bytes')
     try: return base64.b64decode(v, validate=True)
@@ -26,14 +28,12 @@ Base64Image = Annotated[bytes|None, BeforeValidator(decode_base64), WithJsonSche
     {'anyOf': [{'type': 'string', 'contentEncoding': 'base64', 'contentMediaType': 'image/*'}, {'type': 'null'}]})]
 
 
-class PredictRequest(BaseModel):
-    "A listing: a title, a description, a picture, or any of them."
-    model_config = ConfigDict(extra='forbid', allow_inf_nan=False, json_schema_extra={'examples': [
-        {'designation': 'Robot de piscine électrique sans fil', 'description': 'Nettoie fond et parois.', 'top_k': 3}]})
+class Listing(BaseModel):
+    "A title, a description, a picture, or any of them."
+    model_config = ConfigDict(extra='forbid', allow_inf_nan=False)
     designation:str = Field('', max_length=MAX_TEXT, description='Title')
     description:str|None = Field(None, max_length=MAX_TEXT, description='Description, if there is one')
     image:Base64Image = Field(None, description='JPEG, PNG, WEBP, GIF or BMP file in base64')
-    top_k:int = Field(3, ge=1, le=100, strict=True, description='Number of categories to return')
 
     @model_validator(mode='after')
     def something_to_read(self):
@@ -41,6 +41,13 @@ class PredictRequest(BaseModel):
         if not self.designation.strip() and not (self.description or '').strip() and not self.image:
             raise ValueError('give a designation, a description or an image')
         return self
+
+
+class PredictRequest(Listing):
+    "A listing to file under a category."
+    model_config = ConfigDict(json_schema_extra={'examples': [
+        {'designation': 'Robot de piscine électrique sans fil', 'description': 'Nettoie fond et parois.', 'top_k': 3}]})
+    top_k:int = Field(3, ge=1, le=100, strict=True, description='Number of categories to return')
 
 
 class Category(BaseModel):
@@ -76,3 +83,117 @@ class Error(BaseModel):
 class ErrorBody(BaseModel):
     "The body of every answer that is not 200."
     error:Error
+
+
+class BatchRequest(BaseModel):
+    "Several listings. One that is wrong does not spoil the others."
+    model_config = ConfigDict(extra='forbid', allow_inf_nan=False, json_schema_extra={'examples': [
+        {'products': [{'designation': 'Robot de piscine'}, {'designation': 'Lot de 3 romans policiers'}]}]})
+    products:Annotated[list, WithJsonSchema({'type': 'array', 'minItems': 1, 'maxItems': MAX_BATCH,
+                                             'items': {'$ref': '#/components/schemas/PredictRequest'}})] = Field(min_length=1)
+
+
+class BatchItem(BaseModel):
+    "The answer to one listing of a batch, or why there is none."
+    status:int = Field(description='What `/predict` would have answered: 200, 422, 500, 503 or 504')
+    prediction:PredictResponse|None = None
+    error:Error|None = None
+
+
+class BatchResponse(BaseModel):
+    "One item for each listing, in the order of the request."
+    results:list[BatchItem]
+
+
+class ExplainRequest(Listing):
+    "A listing, and the category to explain."
+    model_config = ConfigDict(json_schema_extra={'examples': [{'designation': 'Robot de piscine électrique sans fil', 'prdtypecode': 2583}]})
+    prdtypecode:int|None = Field(None, ge=0, lt=2**31, strict=True, description='Category to explain; the predicted one if left out')
+
+
+class Word(BaseModel):
+    "A word, or a stretch of a long text, and what the category owes to it."
+    field:Literal['title', 'description']
+    word:str
+    start:int = Field(description='First character in the cleaned field')
+    end:int = Field(description='One beyond the last')
+    weight:float = Field(description='Log-odds that the category loses without it')
+
+
+class ExplainResponse(Category):
+    "What an answer rests on."
+    title:str = Field(description='Cleaned title, that words refer to')
+    description:str = Field(description='Cleaned description')
+    words:list[Word]
+    regions:list[list[float]]|None = Field(description='Log-odds that the category loses when a cell of the picture is painted over, top row first')
+    modalities:dict[str, float] = Field(description='Share of each part that was read')
+    model_version:str
+
+
+class FeedbackRequest(BaseModel):
+    "The right category of a listing that was predicted."
+    model_config = ConfigDict(extra='forbid', json_schema_extra={'examples': [{'prediction_id': '2f1c6c1e-6f0b-4a3e-9a59-0c7f7c1f7f10', 'prdtypecode': 2583}]})
+    prediction_id:str = Field(min_length=36, max_length=36, description='From the answer')
+    prdtypecode:int = Field(ge=0, lt=2**31, strict=True, description='The right category, which may be the predicted one')
+    reviewer:str|None = Field(None, min_length=1, max_length=64, description='Who says so; the user that asks if left out. Only an admin may name another.')
+
+
+class Correction(BaseModel):
+    "What a reviewer said about a prediction."
+    reviewer:str
+    prdtypecode:int
+    created_at:datetime
+
+
+class FeedbackResponse(Correction):
+    "The correction as it was stored, and what all corrections of this prediction come to."
+    feedback_id:int
+    prediction_id:str
+    verdict:int|None = Field(description='Category that most reviewers chose; null while they disagree')
+    conflict:bool = Field(description='Whether reviewers disagree')
+
+
+class ReviewItem(BaseModel):
+    "A listing that waits for a person."
+    prediction_id:str
+    created_at:datetime
+    designation:str
+    description:str
+    has_image:bool = Field(description='Whether `/review/{prediction_id}/image` has its picture')
+    prdtypecode:int
+    probability:float
+    top_k:list[Category]
+    candidates:list[int]|None
+    model_version:str
+    corrections:list[Correction] = Field(description='What others said, when they disagree')
+
+
+class ReviewResponse(BaseModel):
+    "The listings that are most useful to correct, most useful first."
+    items:list[ReviewItem]
+    waiting:int = Field(description='All that wait, shown or not')
+
+
+class CategoryName(BaseModel):
+    "A category in words."
+    prdtypecode:int
+    fr:str
+    en:str
+
+
+class Version(BaseModel):
+    "What is being served."
+    model_version:str
+    data_version:str
+    categories:int
+    modalities:list[str]
+    following:str|None = Field(description='Registry alias that is followed')
+    problem:str|None = Field(description='Why a newer model is not served, or the registry cannot be asked')
+
+
+class Token(BaseModel):
+    "A bearer token (OAuth 2)."
+    access_token:str
+    token_type:Literal['bearer'] = 'bearer'
+    expires_in:int = Field(description='Seconds')
+    role:Literal['predict', 'review', 'admin']

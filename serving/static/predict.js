@@ -1,0 +1,192 @@
+// The form for one listing, its answer, and why.
+import {call, nameOf} from './api.js';
+import {$, bar, h, say, sayError} from './dom.js';
+import {onLanguage, percent, signed, t} from './i18n.js';
+
+const LANES = {auto: ['✓', 'auto', 'autoWhy'], review: ['?', 'reviewLane', 'reviewLaneWhy'], reject: ['✕', 'reject', 'rejectWhy']};
+const KINDS = ['image/jpeg', 'image/png', 'image/webp', 'image/gif', 'image/bmp'], MOST = 10_000_000;
+let photo = null;  // {file, url} in the form
+let answer = null; // {listing, response, chosen, why, overlay} on show; `listing` is the form as it was sent
+let busy = false, round = 0; // what belongs to an earlier round than the form was cleared in is dropped
+
+export function setup() {
+  const drop = $('drop');
+  $('photo').addEventListener('change', e => { take(e.target.files[0]); e.target.value = ''; });
+  $('photo-remove').addEventListener('click', () => { setPhoto(null); $('photo').focus(); });
+  for (const kind of ['dragover', 'drop', 'dragleave']) {
+    addEventListener(kind, e => e.preventDefault()); // a file that misses must not replace the page
+    drop.addEventListener(kind, () => drop.classList.toggle('over', kind === 'dragover'));
+  }
+  drop.addEventListener('drop', e => take(e.dataTransfer.files[0]));
+  addEventListener('paste', e => {
+    const file = [...e.clipboardData.files].find(f => f.type.startsWith('image/'));
+    if (file && !$('predict').hidden) { e.preventDefault(); take(file); }
+  });
+  $('predict-form').addEventListener('submit', e => { e.preventDefault(); predict(); });
+  $('predict-clear').addEventListener('click', () => { reset(); $('designation').focus(); });
+  onLanguage(render);
+}
+
+export function reset() {
+  $('predict-form').reset();
+  round++; setPhoto(null); setAnswer(null); setBusy(false);
+  say($('predict-error')); say($('predict-status'));
+  render();
+}
+
+/** Use `file` as the photo if it can be one. */
+function take(file) {
+  if (!file) return;
+  const wrong = !KINDS.includes(file.type) ? 'photoKind' : file.size > MOST ? 'photoSize' : !file.size ? 'photoEmpty' : null;
+  say($('predict-error'), wrong && (() => h('p', {}, t(wrong))));
+  if (!wrong) setPhoto(file);
+}
+
+function setPhoto(file) {
+  const before = photo?.url;
+  photo = file && {file, url: URL.createObjectURL(file)};
+  release(before);
+  $('preview').hidden = !photo;
+  if (photo) $('preview-image').src = photo.url; else $('preview-image').removeAttribute('src');
+  $('preview-name').textContent = file ? file.name : '';
+}
+
+function setAnswer(to) {
+  const before = answer?.listing.url;
+  answer = to;
+  release(before);
+}
+
+/** Let go of a picture that neither the form nor the answer shows. */
+function release(url) {
+  if (url && url !== photo?.url && url !== answer?.listing.url) URL.revokeObjectURL(url);
+}
+
+function setBusy(on) {
+  busy = on;
+  $('result').setAttribute('aria-busy', on);
+  for (const b of [$('predict-button'), $('why')]) b?.setAttribute('aria-disabled', on); // `disabled` would lose the focus
+}
+
+/** Run `job` with the form busy; its error goes to `box`. */
+async function working(message, box, job) {
+  if (busy) return;
+  const mine = round;
+  setBusy(true); say(box); say($('predict-status'), () => t(message));
+  try { await job(() => mine === round); } catch (e) { if (mine === round) sayError(box, e); }
+  if (mine === round) { setBusy(false); say($('predict-status')); }
+}
+
+function predict() {
+  const listing = {designation: $('designation').value, description: $('description').value, file: photo?.file, url: photo?.url};
+  if (!listing.designation.trim() && !listing.description.trim() && !listing.file) {
+    say($('predict-error'), () => h('p', {}, t('nothingGiven')));
+    return $('designation').focus();
+  }
+  return working('reading', $('predict-error'), async current => {
+    const form = new FormData();
+    form.set('designation', listing.designation); form.set('description', listing.description); form.set('top_k', '5');
+    if (listing.file) form.set('image', listing.file);
+    const response = await call('/predict/upload', {form});
+    if (!current()) return;
+    setAnswer({listing, response, chosen: response.prdtypecode, why: null, overlay: true});
+    render();
+    $('result-title').focus();
+  });
+}
+
+function explain() {
+  const mine = answer, {designation, description, file} = mine.listing;
+  return working('whyBusy', $('why-error'), async current => {
+    const image = file ? await base64(file) : null;
+    const why = await call('/explain', {json: {designation, description, image, prdtypecode: mine.chosen}});
+    if (!current() || mine !== answer) return;
+    answer.why = why;
+    render();
+    $('why-title').focus();
+  });
+}
+
+const base64 = file => new Promise((resolve, fail) => {
+  const reader = new FileReader();
+  reader.onload = () => resolve(reader.result.split(',')[1]);
+  reader.onerror = () => fail(reader.error);
+  reader.readAsDataURL(file);
+});
+
+function render() {
+  say($('why-error'));
+  if (!answer) return $('result').replaceChildren(h('p', {class: 'muted placeholder'}, t('resultEmpty')));
+  const {response: r, why} = answer, [mark, lane, laneWhy] = LANES[r.lane];
+  const row = (c, i) => h('li', {}, h('label', {class: 'row', 'data-code': c.prdtypecode},
+    h('input', {type: 'radio', name: 'chosen', value: c.prdtypecode, checked: c.prdtypecode === answer.chosen, onchange: () => { answer.chosen = c.prdtypecode; }}),
+    h('span', {class: 'name'}, nameOf(c.prdtypecode, c.label), h('small', {class: 'muted'}, ` ${c.prdtypecode}`)),
+    h('span', {class: 'percent'}, percent(c.probability)), bar(c.probability)));
+  $('result').replaceChildren(
+    h('h2', {id: 'result-title', tabindex: -1}, nameOf(r.prdtypecode, r.label)),
+    h('div', {id: 'lane', class: `lane ${r.lane}`, 'data-lane': r.lane}, h('b', {}, h('span', {'aria-hidden': 'true'}, `${mark} `), t(lane)), h('p', {}, t(laneWhy))),
+    ...(r.lane === 'review' && r.candidates ? [h('p', {class: 'label', id: 'candidates-label'}, t('candidates')),
+      h('ul', {id: 'candidates', class: 'chips', 'aria-labelledby': 'candidates-label'},
+        r.candidates.map(c => h('li', {}, nameOf(c, r.top_k.find(k => k.prdtypecode === c)?.label))))] : []),
+    h('fieldset', {}, h('legend', {class: 'label'}, t('ranked')), h('ol', {id: 'ranked'}, r.top_k.map(row))),
+    h('div', {class: 'actions'}, h('button', {type: 'button', id: 'why', 'aria-disabled': busy, onclick: explain}, t('why')), h('span', {class: 'muted'}, t('whyHint'))),
+    h('div', {id: 'why-error', class: 'message error', role: 'alert'}),
+    ...(why ? [explanation(why)] : []),
+    h('p', {class: 'muted small', id: 'about'}, `${t('read', {what: r.modalities.map(m => t(m)).join(' + ')})} `, h('span', {id: 'version'}, r.model_version)));
+}
+
+function explanation(why) {
+  const name = nameOf(why.prdtypecode, why.label);
+  return h('section', {id: 'explanation', 'aria-labelledby': 'why-title'},
+    h('h3', {id: 'why-title', tabindex: -1}, t('whyTitle', {name, p: percent(why.probability)})),
+    h('h4', {}, t('share')),
+    h('ul', {id: 'shares', class: 'shares'}, Object.entries(why.modalities).map(([m, s]) => h('li', {}, h('span', {}, t(m)), bar(s), h('span', {class: 'percent'}, percent(s))))),
+    h('h4', {}, t('words')),
+    ...(why.words.length ? words(why) : [h('p', {class: 'muted'}, t('noWords'))]),
+    ...(why.regions ? [h('h4', {}, t('regions')), heat(why.regions)] : []));
+}
+
+/** Both texts with the words marked that count, and the most telling ones in a list. */
+function words(why) {
+  const most = Math.max(...why.words.map(w => Math.abs(w.weight)), .05);
+  const counts = w => Math.abs(w.weight) > most*.1;
+  const text = field => {
+    const chars = Array.from(why[field]), out = []; // offsets count characters, not UTF-16 units
+    let at = 0;
+    for (const w of why.words.filter(w => w.field === field)) {
+      out.push(chars.slice(at, w.start).join(''), word(chars.slice(w.start, w.end).join(''), w.weight, counts(w), most));
+      at = w.end;
+    }
+    return h('p', {class: `text ${field}`, lang: 'fr'}, ...out, chars.slice(at).join(''));
+  };
+  const top = sign => {
+    const unique = new Map(why.words.filter(w => counts(w) && Math.sign(w.weight) === sign).map(w => [w.word.toLowerCase(), w]));
+    const list = [...unique.values()].sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight)).slice(0, 5);
+    return list.map(w => `${w.word.length > 40 ? `${w.word.slice(0, 40)}…` : w.word} (${signed(w.weight)})`).join(', ') || t('none');
+  };
+  return [h('div', {id: 'words'}, why.title ? text('title') : null, why.description ? text('description') : null),
+    h('p', {class: 'small'}, h('span', {class: 'word for key'}, t('for')), ' ', top(1)), h('p', {class: 'small'}, h('span', {class: 'word against key'}, t('against')), ' ', top(-1))];
+}
+
+function word(text, weight, counts, most) {
+  if (!counts) return h('span', {title: signed(weight)}, text);
+  const side = weight > 0 ? 'for' : 'against';
+  const node = h('mark', {class: `word ${side}`, title: `${signed(weight)} (${t(weight > 0 ? 'speaksFor' : 'speaksAgainst')})`}, text);
+  node.style.setProperty('--strength', Math.abs(weight)/most);
+  return node;
+}
+
+/** The photo in a white square, as the model sees it, under a grid of coloured cells. */
+function heat(regions) {
+  const cells = regions.flat(), size = regions.length, most = Math.max(...cells.map(Math.abs), .05);
+  const at = cells.indexOf(Math.max(...cells));
+  const grid = h('div', {class: 'cells', hidden: !answer.overlay}, cells.map(v => {
+    const cell = h('span', {class: `cell ${v < 0 ? 'against' : 'for'}`, title: signed(v)});
+    cell.style.setProperty('--strength', Math.abs(v)/most);
+    return cell;
+  }));
+  grid.style.setProperty('--size', size);
+  const toggle = h('input', {type: 'checkbox', id: 'overlay', checked: answer.overlay, onchange: e => { answer.overlay = e.target.checked; grid.hidden = !answer.overlay; }});
+  return h('div', {}, h('div', {id: 'heat', class: 'heat', role: 'img', 'aria-label': t('regionsAlt', {r: Math.floor(at/size)+1, c: at%size+1})},
+    answer.listing.url ? h('img', {src: answer.listing.url, alt: ''}) : null, grid), h('label', {class: 'check'}, toggle, t('overlay')));
+}

@@ -1,0 +1,202 @@
+"""What was answered and what people said about it, in a database.
+
+Rows are only ever added. Corrections of one prediction may disagree: the last word of each reviewer counts once, the category with
+the most votes is the verdict, and without a single winner there is none and the listing goes back into the queue.
+"""
+import logging
+import queue
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import JSON, DateTime, Engine, Float, ForeignKey, Index, Integer, String, Text, create_engine, delete, event, exists, func, insert, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+from rakuten_mm.dataset import write_atomic
+
+log = logging.getLogger('rakuten_mm.store')
+now = lambda: datetime.now(UTC)
+
+
+class Moment(TypeDecorator):
+    "A time in UTC; SQLite forgets the zone."
+    impl,cache_ok = DateTime(timezone=True), True
+
+    def process_result_value(self, value, dialect): return value and value.replace(tzinfo=value.tzinfo or UTC)
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {dict: JSON, list: JSON, datetime: Moment}
+
+
+class User(Base):
+    "Who may ask."
+    __tablename__ = 'users'
+    name:Mapped[str] = mapped_column(String(64), primary_key=True)
+    password_hash:Mapped[str] = mapped_column(String(255))
+    role:Mapped[str] = mapped_column(String(16))
+    created_at:Mapped[datetime] = mapped_column(default=now)
+
+
+class Prediction(Base):
+    "An answer."
+    __tablename__ = 'predictions'
+    id:Mapped[str] = mapped_column(String(36), primary_key=True)
+    created_at:Mapped[datetime] = mapped_column(default=now)
+    user:Mapped[str] = mapped_column(String(64))
+    model_version:Mapped[str] = mapped_column(String(128))
+    prdtypecode:Mapped[int] = mapped_column(Integer)
+    probability:Mapped[float] = mapped_column(Float)
+    lane:Mapped[str] = mapped_column(String(16))
+    usefulness:Mapped[float] = mapped_column(Float)
+    top_k:Mapped[list]
+    candidates:Mapped[list|None]
+    modalities:Mapped[list]
+    text_sha256:Mapped[str] = mapped_column(String(64))
+    image_sha256:Mapped[str] = mapped_column(String(64))
+    designation:Mapped[str|None] = mapped_column(Text)
+    description:Mapped[str|None] = mapped_column(Text)
+    has_inputs:Mapped[int] = mapped_column(Integer, default=0)
+    __table_args__ = (Index('ix_predictions_queue', 'lane', 'has_inputs', 'usefulness'), Index('ix_predictions_created_at', 'created_at'))
+
+
+class Feedback(Base):
+    "What a reviewer said about an answer."
+    __tablename__ = 'feedback'
+    id:Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    prediction_id:Mapped[str] = mapped_column(ForeignKey('predictions.id'), index=True)
+    prdtypecode:Mapped[int] = mapped_column(Integer)
+    reviewer:Mapped[str] = mapped_column(String(64))
+    created_at:Mapped[datetime] = mapped_column(default=now)
+
+
+def open_database(
+    url:str, # Of SQLAlchemy: sqlite:///file or postgresql+psycopg://user:password@host/name
+)->Engine:
+    "A connection pool whose database has the newest schema."
+    lite = url.startswith('sqlite')
+    engine = create_engine(url, pool_pre_ping=True, connect_args={'timeout': 10} if lite else {})
+    if lite:
+        @event.listens_for(engine, 'connect')
+        def careful(connection, _):
+            for pragma in ('journal_mode=WAL', 'synchronous=NORMAL', 'foreign_keys=ON'): connection.execute(f'PRAGMA {pragma}')
+    with engine.begin() as connection:
+        if not lite: connection.exec_driver_sql('SELECT pg_advisory_xact_lock(5125010)')  # two servers may start at once
+        cfg = Config()
+        cfg.set_main_option('script_location', str(Path(__file__).parent/'migrations'))
+        cfg.attributes['connection'] = connection
+        command.upgrade(cfg, 'head')
+    return engine
+
+
+def verdict(
+    corrections:Iterable[Feedback], # Of one prediction, oldest first
+)->int|None:
+    "The category with the most votes, the last of each reviewer; None if there is no single one."
+    votes = Counter({c.reviewer: c.prdtypecode for c in corrections}.values()).most_common(2)
+    return votes[0][0] if votes and (len(votes) == 1 or votes[0][1] > votes[1][1]) else None
+
+
+class Store:
+    "Answers are written by a thread, a few at a time; a database that fails costs their record, not the answer."
+    def __init__(self,
+        url:str,
+        images_dir:Path, # For pictures that are kept
+        max_waiting:int = 2_000, # Answers that wait to be written; more are dropped and counted
+    ):
+        self.engine,self.images_dir = open_database(url), Path(images_dir)
+        self.waiting,self.dropped,self.closed = queue.Queue(max_waiting), 0, False
+        self.writer = threading.Thread(target=self._write, name='store', daemon=True)
+        self.writer.start()
+
+    def add(self,
+        row:dict, # Columns of `Prediction`
+        image:bytes|None = None, # Picture to keep
+    ):
+        "Record an answer soon."
+        try: self.waiting.put_nowait((row, image))
+        except queue.Full: self.dropped += 1
+
+    def _write(self):
+        while True:
+            batch = [self.waiting.get()]
+            while len(batch) < 200:
+                try: batch.append(self.waiting.get_nowait())
+                except queue.Empty: break
+            rows = [b for b in batch if b is not None]
+            try:
+                for row,image in rows:
+                    if image is not None: self._keep(row['image_sha256'], image)
+                if rows:
+                    with self.engine.begin() as c: c.execute(insert(Prediction), [r for r,_ in rows])
+            except (SQLAlchemyError, OSError) as e:
+                self.dropped += len(rows)
+                log.error('%s answers could not be recorded: %s', len(rows), str(e).splitlines()[0])
+            finally:
+                for _ in batch: self.waiting.task_done()
+            if None in batch: return
+
+    def _keep(self, sha256:str, image:bytes):
+        path = self.image_path(sha256)
+        if not path.exists(): write_atomic(path, image)
+
+    def image_path(self, sha256:str)->Path: return self.images_dir/sha256[:2]/sha256
+
+    def close(self):
+        "Write what waits, and stop."
+        if not self.closed: self.closed = True; self.waiting.put(None); self.writer.join(10); self.engine.dispose()
+
+    def get(self, prediction_id:str)->Prediction|None:
+        "An answer that was given; one that still waits to be written is written first."
+        self.waiting.join()
+        with Session(self.engine) as s: return s.get(Prediction, prediction_id)
+
+    def correct(self, prediction_id:str, prdtypecode:int, reviewer:str)->tuple[Feedback, list[Feedback]]: # The new one, and all of this prediction
+        "Record what a reviewer says; raises `KeyError` for an unknown prediction."
+        if self.get(prediction_id) is None: raise KeyError(prediction_id)
+        with Session(self.engine, expire_on_commit=False) as s:
+            new = Feedback(prediction_id=prediction_id, prdtypecode=prdtypecode, reviewer=reviewer)
+            s.add(new); s.commit()
+        return new, self.corrections([prediction_id])[prediction_id]
+
+    def corrections(self, ids:list[str])->dict[str, list[Feedback]]:
+        "What was said about some predictions, oldest first."
+        out = {i: [] for i in ids}
+        with Session(self.engine) as s:
+            for f in s.scalars(select(Feedback).where(Feedback.prediction_id.in_(ids)).order_by(Feedback.id)): out[f.prediction_id].append(f)
+        return out
+
+    def queue(self,
+        limit:int = 20,
+        reviewer:str = '', # Not what this one has judged already
+    )->tuple[list[Prediction], int]: # The most useful first, and how many there are
+        "Listings in the review lane that nobody corrected, and those that reviewers disagree on."
+        self.waiting.join()
+        said = exists().where(Feedback.prediction_id == Prediction.id)
+        mine = exists().where(Feedback.prediction_id == Prediction.id, Feedback.reviewer == reviewer)
+        open_ones = (Prediction.lane == 'review') & (Prediction.has_inputs == 1)
+        with Session(self.engine) as s:
+            disputed = s.scalars(select(Feedback.prediction_id).join(Prediction, Prediction.id == Feedback.prediction_id).where(Prediction.has_inputs == 1)
+                                 .group_by(Feedback.prediction_id).having(func.count(func.distinct(Feedback.prdtypecode)) > 1)).all()
+            disputed = [i for i,c in self.corrections(list(disputed)).items() if verdict(c) is None]
+            wanted = (open_ones & ~said) | (Prediction.id.in_(disputed) & ~mine)
+            rows = s.scalars(select(Prediction).where(wanted).order_by(Prediction.usefulness.desc(), Prediction.created_at, Prediction.id).limit(limit)).all()
+            return list(rows), s.scalar(select(func.count()).select_from(Prediction).where(wanted)) or 0
+
+    def users(self)->dict[str, User]:
+        "Everybody, by name."
+        with Session(self.engine) as s: return {u.name: u for u in s.scalars(select(User))}
+
+    def put_user(self, name:str, password_hash:str, role:str):
+        "Add a user, or change one."
+        with Session(self.engine) as s: s.merge(User(name=name, password_hash=password_hash, role=role, created_at=now())); s.commit()
+
+    def drop_user(self, name:str)->bool: # Whether there was one
+        "Remove a user."
+        with self.engine.begin() as c: return c.execute(delete(User).where(User.name == name)).rowcount > 0

@@ -1,0 +1,213 @@
+"The page at `/`, in a real browser against a real server."
+import io
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image, ImageDraw
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+from sqlalchemy import MetaData, Table, create_engine, select
+
+from rakuten_mm.api_check import basic
+
+CHROMIUM,DRIVER = shutil.which('chromium'), shutil.which('chromedriver')
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's packages chromium and chromium-driver")
+
+
+@pytest.fixture(scope='module')
+def chromium(page_server, tmp_path_factory):
+    "A French headless browser that keeps a log of its console and of its requests."
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for a in ('--headless=new', '--no-sandbox', '--disable-dev-shm-usage', '--disable-gpu', '--no-first-run', '--disable-background-networking',
+              f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"): options.add_argument(a)
+    options.add_experimental_option('prefs', {'intl.accept_languages': 'fr-FR', 'credentials_enable_service': False})
+    options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    "What a person sees and does."
+    def __init__(self, driver, server): self.driver,self.server = driver,server
+
+    def wait(self, found, s=60): return WebDriverWait(self.driver, s).until(lambda _: found())
+    def all(self, css): return self.driver.find_elements(By.CSS_SELECTOR, css)
+    def js(self, code, *args): return self.driver.execute_script(f'return {code}', *args)
+    def see(self, css): return self.wait(lambda: next((e for e in self.all(css) if e.is_displayed()), None))
+    def focused(self): return self.driver.switch_to.active_element.get_attribute('id')
+
+    def text(self, css):
+        "Text of an element once it has any."
+        return self.wait(lambda: self.js('document.querySelector(arguments[0])?.innerText.trim()', css))
+
+    def size(self, width, height):
+        "The viewport of another device; a window cannot be this narrow."
+        self.driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 700))
+
+    def type(self, css, text):
+        (box := self.see(css)).clear(); box.send_keys(text)
+
+    def press(self, keys): self.driver.switch_to.active_element.send_keys(keys)
+
+    def sign_in(self, password=None):
+        self.type('#user', self.server.user); self.type('#password', password or self.server.password)
+        self.press(Keys.ENTER)
+
+    def enter(self, page='predict'):
+        "Sign in and open a page."
+        self.sign_in(); self.see('#predict-form')
+        if page != 'predict': self.see(f'#nav-{page}').click()
+
+    def fits(self): return self.js('document.documentElement.scrollWidth <= document.documentElement.clientWidth')
+
+    def shot(self, folder, name):
+        "Screenshot of the whole page, however long."
+        w,h = self.js('[innerWidth, Math.max(innerHeight, document.documentElement.scrollHeight)]')
+        self.size(w, h); self.driver.save_screenshot(str(folder/f'{name}.png'))
+
+
+def requested(driver):
+    "Addresses that were asked for since this was last called."
+    events = (json.loads(e['message'])['message'] for e in driver.get_log('performance'))
+    return [e['params']['request']['url'] for e in events if e['method'] == 'Network.requestWillBeSent']
+
+
+@pytest.fixture
+def page(chromium, page_server, tmp_path, request):
+    "The page as on a first visit. Afterwards: nothing in the console, nothing asked of another host."
+    p = Page(chromium, page_server)
+    p.size(1280, 900); chromium.get(page_server.url); p.js('(localStorage.clear(), sessionStorage.clear())')
+    requested(chromium), chromium.get_log('browser')
+    chromium.get('about:blank'); chromium.get(page_server.url+'/'); p.see('#sign-in-form')
+    yield p
+    folder = Path(os.environ.get('RAKUTEN_MM_SCREENSHOTS') or tmp_path); folder.mkdir(parents=True, exist_ok=True)
+    p.shot(folder, re.sub(r'\W+', '_', request.node.name))
+    asked,console = requested(chromium), [e['message'] for e in chromium.get_log('browser') if e['level'] == 'SEVERE']
+    assert asked and {u for u in asked if not u.startswith((page_server.url+'/', 'blob:', 'data:', 'about:'))} == set()
+    assert [m for m in console if not ('/token' in m and '401' in m)] == []
+
+
+def photo(size=(320,200)):
+    "A JPEG of a blue pool on green."
+    im = Image.new('RGB', size, (96,150,84)); ImageDraw.Draw(im).ellipse([size[0]//6, size[1]//5, size[0]*5//6, size[1]*4//5], fill=(40,130,200))
+    im.save(buf := io.BytesIO(), 'JPEG')
+    return buf.getvalue()
+
+
+@pytest.fixture
+def api(page_server):
+    "A client with the same rights as the page."
+    with httpx.Client(base_url=page_server.url, headers=basic(page_server.user, page_server.password), timeout=60) as client: yield client
+
+
+def test_wrong_password_then_right(page):
+    page.sign_in('wrong'); assert page.text('#sign-in-error') == 'Identifiant ou mot de passe incorrect.'
+    assert page.focused() == 'password' and page.js("document.getElementById('password').value") == '' and not page.all('#nav:not([hidden])')
+    page.sign_in(); page.see('#predict-form')
+    assert page.see('#nav-predict').get_attribute('aria-current') == 'page' and page.see('#nav-review') and page.focused() == 'designation'
+    page.driver.refresh(); page.see('#predict-form')  # the session outlives a reload, the password is nowhere
+    assert page.server.password not in page.js('JSON.stringify([{...localStorage}, {...sessionStorage}])')
+    page.see('#sign-out').click(); page.see('#sign-in-form'); assert page.js('sessionStorage.length') == 0
+    page.driver.refresh(); page.see('#sign-in-form')
+
+
+def test_predict_and_why(page, tmp_path):
+    (tmp_path/'piscine.jpg').write_bytes(photo())
+    page.enter(); page.type('#designation', 'Piscine ronde 🏊 hors-sol 3 m'); page.type('#description', 'Liner bleu, filtre à sable et échelle.')
+    page.driver.find_element(By.ID, 'photo').send_keys(str(tmp_path/'piscine.jpg'))
+    page.wait(lambda: page.js("document.getElementById('preview-image').naturalWidth") == 320)
+    page.see('#predict-button').click()
+    assert page.text('#result-title') and page.focused() == 'result-title'
+    shares = [float(e.text.replace('\u202f', '').replace('\xa0', '').strip(' %').replace(',', '.')) for e in page.all('#ranked .percent')]
+    assert 2 <= len(shares) <= 5 and shares == sorted(shares, reverse=True) and page.all('#ranked li')[0].text.startswith(page.text('#result-title'))
+    lane = page.see('#lane'); assert lane.get_attribute('data-lane') == 'review' and 'À vérifier' in lane.text and page.all('#candidates li')
+    assert 'texte + photo' in page.text('#about') and page.text('#version')
+    page.all('#ranked input')[1].click(); page.see('#why').click()  # the runner-up
+    assert page.text('#why-title').startswith(f"Pourquoi « {page.all('#ranked .name')[1].text.rsplit(' ', 1)[0]} »")
+    assert page.text('#words .title') == 'Piscine ronde 🏊 hors-sol 3 m' and page.all('#words mark')
+    assert {w.get_attribute('title').split(' ', 1)[1] for w in page.all('#words mark')} <= {'(pour)', '(contre)'}
+    assert {w.text for w in page.all('#words mark')} <= set('Piscine ronde 🏊 hors-sol 3 m Liner bleu, filtre à sable et échelle.'.split())
+    assert len(page.all('#heat .cell')) == 49 and len(page.all('#shares li')) == 2 and page.js("document.querySelector('#heat img').naturalWidth") == 320
+    page.see('#overlay').click(); assert not page.see('#heat').find_element(By.CSS_SELECTOR, '.cells').is_displayed()
+    page.see('#overlay').click()
+
+
+def test_listing_that_cannot_be_read(page, tmp_path):
+    (tmp_path/'page.jpg').write_bytes(b'<html>404</html>')
+    page.enter(); page.see('#predict-button').click()
+    assert page.text('#predict-error') == 'Donnez un titre, une description ou une photo.'  # not even asked
+    page.driver.find_element(By.ID, 'photo').send_keys(str(tmp_path/'page.jpg')); page.type('#designation', 'Livre'); page.see('#predict-button').click()
+    page.wait(lambda: 'Cette photo ne peut pas être lue.' in page.text('#predict-error'))
+    page.see('#photo-remove').click(); page.see('#predict-button').click(); assert page.text('#result-title')
+    assert [m for m in page.driver.get_log('browser') if m['level'] == 'SEVERE' and '422' not in m['message']] == []
+
+
+def test_review_by_keyboard(page, api):
+    "Number, Enter and search each file a listing; what is on show is what is stored."
+    titles = ['Lot de romans', 'Filtre pour piscine', 'Figurine à peindre', 'Chaise longue', 'Robot', 'Carte rare']
+    ids = {api.post('/predict/upload', data={'designation': f'{x} {i}'}, files={'image': photo()}).json()['prediction_id'] for i,x in enumerate(titles)}
+    names,chosen = api.get('/categories').json(), {}
+    page.enter('review')
+    def item():
+        page.see('#item'); page.wait(lambda: page.focused() == 'item-title')
+        return page.js("document.getElementById('item').dataset.prediction")
+    def choice(i): return page.js("[...document.querySelectorAll('.choice')].map(c => +c.dataset.code)")[i]
+    def after(seen): page.wait(lambda: page.all('#item[data-prediction]') and item() != seen)
+    first = item(); page.wait(lambda: page.js("document.getElementById('item-image')?.naturalWidth") == 320)
+    page.press('s'); after(first); page.press('u'); page.wait(lambda: item() == first)  # on and back
+    for n,key in enumerate(('2', Keys.ENTER)):
+        seen = item(); chosen[seen] = choice(1-n); page.press(key); after(seen)
+        assert page.text('#review-status').startswith('Enregistré') and page.text('#count-done') == str(n+1)
+    seen,want = item(), names[-1]
+    page.press('/'); assert page.focused() == 'search'
+    page.press(want['fr'])
+    active = lambda: page.js("+document.querySelector('#matches [aria-selected=true]')?.dataset.code")
+    for _ in names:
+        if active() == want['prdtypecode']: break
+        page.press(Keys.ARROW_DOWN)
+    chosen[seen] = active(); assert chosen[seen] == want['prdtypecode']
+    page.press(Keys.ENTER); after(seen); assert page.text('#count-done') == '3'
+    engine = create_engine(page.server.database)
+    with engine.connect() as c:
+        feedback = Table('feedback', MetaData(), autoload_with=c)
+        rows = c.execute(select(feedback.c.prediction_id, feedback.c.prdtypecode, feedback.c.reviewer).where(feedback.c.prediction_id.in_(chosen))).all()
+    engine.dispose()
+    assert len(ids) == 6 and {r.prediction_id: r.prdtypecode for r in rows} == chosen and {r.reviewer for r in rows} == {page.server.user}
+
+
+def test_skipped_to_the_end(page, api):
+    "Skipping everything is not a dead end."
+    assert api.post('/predict', json={'designation': 'Vase'}).status_code == 200
+    page.enter('review'); page.see('#item')
+    for _ in range(200):
+        if page.wait(lambda: page.all('#empty') or page.all('#item')) and page.all('#empty'): break
+        page.press(Keys.ARROW_RIGHT)
+    page.see('#again').click(); page.see('#item')
+
+
+def test_phone(page, tmp_path):
+    (tmp_path/'piscine.jpg').write_bytes(photo((200,320)))
+    page.size(360, 740); assert page.fits()
+    page.enter(); page.type('#designation', 'Piscine '+'x'*80); page.driver.find_element(By.ID, 'photo').send_keys(str(tmp_path/'piscine.jpg'))
+    assert page.fits()
+    page.see('#predict-button').click(); page.text('#result-title'); page.see('#why').click(); page.text('#why-title'); assert page.fits()
+    page.see('#nav-review').click(); page.see('#item'); assert page.fits()
+
+
+def test_languages(page):
+    said = lambda: (page.js('document.documentElement.lang'), page.text('label[for=password]'), page.text('#sign-in-button'))
+    assert said() == ('fr', 'Mot de passe', 'Se connecter')
+    page.see('#lang-en').click(); assert said() == ('en', 'Password', 'Sign in') and page.see('#lang-en').get_attribute('aria-pressed') == 'true'
+    page.driver.refresh(); page.see('#sign-in-form'); assert said()[0] == 'en'
+    page.enter(); page.type('#designation', 'Piscine'); page.see('#predict-button').click(); page.text('#result-title')
+    assert page.text('#lane').startswith('?') and 'Needs a person' in page.text('#lane') and page.driver.title.startswith('Classify')
+    page.see('#lang-fr').click(); assert 'À vérifier' in page.text('#lane') and page.text('#nav-review') == 'Vérifier'
