@@ -69,8 +69,8 @@ def check_api(
     if not golden: raise APICheckError(f'{version} carries no golden products')
     with httpx.Client(base_url=url, timeout=30) as client:
         try:
-            health = client.get('/health').status_code
-            failures = [f'/health: {health}'] if health != 200 else []
+            health = client.get('/ready').status_code
+            failures = [f'/ready: {health}'] if health != 200 else []
             failures += check_auth(client, user, password)+check_golden(client, basic(user, password), golden, version)
         except httpx.TransportError as e: raise APICheckError(f'no answer from {url}: {e}') from None
     if failures: raise APICheckError(f'{url} failed {len(failures)} checks:\n- '+'\n- '.join(failures))

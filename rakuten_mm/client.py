@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['Picture', 'MAX_BATCH', 'MAX_CHARS', 'Category', 'Answer', 'read_answer', 'APIError', 'ServerUnreachable', 'refusal',
-           'failure', 'unreachable', 'pause_before_retry', 'product_body', 'BaseClient', 'done', 'Client',
-           'AsyncClient', 'chunks', 'entry', 'read_items']
+           'failure', 'unreachable', 'pause_before_retry', 'product_body', 'entry', 'BaseClient', 'done', 'Client',
+           'AsyncClient', 'chunks']
 
 # %% ../nbs/lib/20b_client.ipynb #f165eae7
-import asyncio, base64, inspect, os, random, threading, time
+import asyncio, base64, inspect, os, random, threading, time, httpx
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-import httpx
 from fastcore.basics import patch
 
 # %% ../nbs/lib/20b_client.ipynb #b0a89f97
@@ -29,15 +28,15 @@ class Answer(Category):
     top_k:tuple[Category, ...] # Best first
     modalities:tuple[str, ...] # Parts of the listing that were used: `text`, `image`
     lane:str # `auto`: file it; `review`: have a person look; `reject`: ask the seller for a better title or photo
-    candidates:tuple[int, ...]|None # In the review lane: codes to choose from, best first
+    candidates:tuple[int, ...] # In the review lane: codes to choose from, best first
     model_version:str # Registered version that answered
     prediction_id:str # Names this answer, for `feedback`
 
-def read_answer(d:Mapping)->Answer:
+def read_answer(d:dict)->Answer:
     "An answer from JSON; raises `KeyError` if it lacks something."
     known = lambda cls, d: cls(**{f.name: d[f.name] for f in fields(cls)})
-    candidates = None if d.get('candidates') is None else tuple(d['candidates'])
-    return known(Answer, {**d, 'top_k': tuple(known(Category, c) for c in d['top_k']), 'modalities': tuple(d['modalities']), 'candidates': candidates})
+    top_k = tuple(known(Category, c) for c in d['top_k'])
+    return known(Answer, d | dict(top_k=top_k, modalities=tuple(d['modalities']), candidates=tuple(d.get('candidates') or ())))
 
 # %% ../nbs/lib/20b_client.ipynb #9bd52d65
 @dataclass(eq=False)
@@ -50,11 +49,9 @@ class APIError(Exception):
     request_id:str = '' # To find the request in the server's log
     retry_after_s:float|None = None # When the server wants to be asked again
     sent:bool = True # Whether the request may have arrived
-    def __str__(self):
-        return f"{self.status or 'no reply'}, {self.code}: {self.message}"+(f' (request {self.request_id})' if self.request_id else '')
+    def __str__(self): return f"{self.status or 'no reply'}, {self.code}: {self.message}"+(f' (request {self.request_id})' if self.request_id else '')
 
-class ServerUnreachable(APIError):
-    "Nobody answered."
+class ServerUnreachable(APIError): "Nobody answered."
 
 # %% ../nbs/lib/20b_client.ipynb #da9e5d51
 def refusal(status:int, error:Mapping, headers:Mapping)->APIError:
@@ -73,25 +70,21 @@ def unreachable(e:httpx.TransportError)->ServerUnreachable:
     "What to do about a server that does not answer."
     sent,url = not isinstance(e, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)), e.request.url
     advice = 'it may have got the request; give a larger timeout_s if it is slow' if sent else 'check that it runs, that the address is right and that no firewall is between'
-    message = f'{url.scheme}://{url.netloc.decode()}{url.path} does not answer ({str(e) or type(e).__name__}): {advice}'
-    return ServerUnreachable(0, 'unreachable', message, [], sent=sent)
+    return ServerUnreachable(0, 'unreachable', f'{url.scheme}://{url.netloc.decode()}{url.path} does not answer ({str(e) or type(e).__name__}): {advice}', [], sent=sent)
 
 # %% ../nbs/lib/20b_client.ipynb #6552568d
 def pause_before_retry(
-    error:APIError,
-    before:list[int], # Statuses of the failures before this one
+    error:APIError, before:list[int], # What failed, and the statuses of the failures before it
     left_s:float, # Time that the call has left
     harmless:bool = True, # Whether the server may do it twice
 )->float|None: # Seconds; None: give up
     "How long to wait until the same request could succeed."
-    slow = error.status == 504 and 504 not in before
-    if not (error.status in (429, 503) or (harmless and slow) or (isinstance(error, ServerUnreachable) and (harmless or not error.sent))): return None
-    pause = min(.5*2**len(before), 8)*random.uniform(.5, 1) if error.retry_after_s is None else error.retry_after_s
-    return pause if pause < left_s else None
+    again = error.status in (429, 503) or (harmless and error.status == 504 and 504 not in before) or (error.status == 0 and (harmless or not error.sent))
+    pause = (min(.5*2**len(before), 8) if error.retry_after_s is None else error.retry_after_s)*random.uniform(1, 1.25)
+    return pause if again and pause < left_s else None
 
 # %% ../nbs/lib/20b_client.ipynb #9bf5e21b
 Picture = bytes|str|os.PathLike|None
-
 def product_body(
     designation:str = '', # Title
     description:str|None = None, # Description, if there is one
@@ -99,21 +92,24 @@ def product_body(
     **more, # Other fields of the request
 )->dict:
     "A listing as JSON; raises `OSError` if `image` cannot be read."
-    given = dict(designation=designation, description=description, image=image, **more)
-    body = {k: v for k,v in given.items() if v is not None and not (isinstance(v, float) and v != v)}
+    given = dict(designation=designation, description=description, image=image, **more).items()
+    body = {k: v for k,v in given if v is not None and not (isinstance(v, float) and v != v)}
     if 'image' in body: body['image'] = base64.b64encode(image if isinstance(image, bytes) else Path(image).read_bytes()).decode()
     return {k: v.encode(errors='replace').decode() if isinstance(v, str) else v for k,v in body.items()}
+
+def entry(product:Mapping)->dict|APIError:
+    "A product as JSON, or why it cannot be sent."
+    try: return product_body(**product)
+    except OSError as e: return APIError(0, 'unreadable_image', f'image: {e}', [dict(field='image', message=str(e))], sent=False)
 
 # %% ../nbs/lib/20b_client.ipynb #9a0480ea
 class BaseClient:
     "What `Client` and `AsyncClient` have in common: everything but waiting."
     def __init__(self,
         url:str, # Base address of the server
-        user:str = '', # Empty: API_USERNAME
-        password:str = '', # Empty: API_PASSWORD
+        user:str = '', password:str = '', # Empty: API_USERNAME and API_PASSWORD
         token:str = '', # Bearer token to use instead
-        timeout_s:float = 30., # For a call with all its tries
-        retries:int = 3, # Tries after the first
+        timeout_s:float = 30., retries:int = 3, # For a call with all its tries; tries after the first
         transport = None, # httpx transport, for tests and special networks
     ):
         if not url.startswith(('http://', 'https://')): raise ValueError(f'{url!r} is no address: it must begin with http:// or https://')
@@ -148,8 +144,7 @@ class AsyncClient(BaseClient):
 @patch
 async def send(self:BaseClient, method:str, path:str, left_s:float, read:Callable=httpx.Response.json, **kw):
     "What `read` makes of the reply to a single request; raises `APIError`."
-    request = self.http.build_request(method, path, timeout=httpx.Timeout(left_s, connect=min(left_s, 5)), **kw)
-    try: reply = await done(self.http.send(request))
+    try: reply = await done(self.http.request(method, path, timeout=httpx.Timeout(left_s, connect=min(left_s, 5)), **kw))
     except httpx.TransportError as e: raise unreachable(e) from None
     if not reply.is_success: raise failure(reply)
     try: return read(reply)
@@ -162,8 +157,7 @@ async def sign_in(self:BaseClient, left_s:float):
     try:
         if (now := self.clock()) < self.renew_at: return
         form = dict(grant_type='password', username=self.user, password=self.password)
-        life = lambda r: (r.json()['access_token'], now+.9*r.json()['expires_in'])
-        self.token,self.renew_at = await self.send('POST', '/token', left_s, life, data=form)
+        self.token,self.renew_at = await self.send('POST', '/token', left_s, lambda r: (r.json()['access_token'], now+.9*r.json()['expires_in']), data=form)
     finally: self.lock.release()
 
 # %% ../nbs/lib/20b_client.ipynb #a9a71876
@@ -179,9 +173,7 @@ async def call(self:BaseClient, method:str, path:str, body:dict|None=None, read:
             return await self.send(method, path, left_s, read, json=body, headers={'Authorization': f'Bearer {token}'} if token else None)
         except APIError as e:
             if e.status == 401 and token and self.password and not renewed:
-                renewed = True
-                if self.token == token: self.renew_at = 0
-                continue
+                renewed,self.renew_at = True, 0 if self.token == token else self.renew_at; continue
             pause = pause_before_retry(e, before, end-self.clock(), harmless or token is None)  # None: it was signing in that failed
             if pause is None or len(before) >= self.retries: raise
             before.append(e.status)
@@ -192,52 +184,39 @@ async def call(self:BaseClient, method:str, path:str, body:dict|None=None, read:
 def predict(self:BaseClient, designation:str='', description:str|None=None, image:Picture=None, top_k:int=3)->Answer:
     "Where a listing belongs, and the `top_k` likeliest categories; raises `APIError`. Arguments as in `product_body`."
     return self.run(self.call('POST', '/predict', product_body(designation, description, image, top_k=int(top_k)), lambda r: read_answer(r.json())))
-
-# %% ../nbs/lib/20b_client.ipynb #bf421def
 @patch
 def explain(self:BaseClient, designation:str='', description:str|None=None, image:Picture=None, prdtypecode:int|None=None)->dict:
     "What an answer rests on, or why not `prdtypecode`; raises `APIError`. Arguments as in `product_body`."
     body = product_body(designation, description, image)
     return self.run(self.call('POST', '/explain', body if prdtypecode is None else body | dict(prdtypecode=int(prdtypecode))))
 
-# %% ../nbs/lib/20b_client.ipynb #2901c06d
+# %% ../nbs/lib/20b_client.ipynb #3e92feef
 @patch
-def feedback(self:BaseClient,
-    prediction_id:str, # From the answer
-    prdtypecode:int, # The right category, which may be the predicted one
-    reviewer:str|None = None, # Who says so; None: the user. Only an admin may name another.
-)->dict: # The correction as it was stored, and the verdict of all
-    "Tell the server what a listing is; raises `APIError`."
+def feedback(self:BaseClient, prediction_id:str, prdtypecode:int, reviewer:str|None=None)->dict: # What was stored, and the verdict of all
+    "Tell the server that `prdtypecode` is right; raises `APIError`. An admin may say which `reviewer` found so."
     body = dict(prediction_id=prediction_id, prdtypecode=int(prdtypecode))
     return self.run(self.call('POST', '/feedback', body if reviewer is None else body | dict(reviewer=reviewer), harmless=False))
 
-# %% ../nbs/lib/20b_client.ipynb #ee380afc
+# %% ../nbs/lib/20b_client.ipynb #9fd4a20a
 @patch
 def categories(self:BaseClient)->list[dict]: # `prdtypecode`, `fr`, `en`
     "All categories."
     return self.run(self.call('GET', '/categories'))
-
 @patch
 def version(self:BaseClient)->dict:
     "What is being served: `model_version`, `data_version`, ..."
     return self.run(self.call('GET', '/version'))
-
-# %% ../nbs/lib/20b_client.ipynb #c3116e84
 @patch
 def ready(self:BaseClient)->bool:
     "Whether the server would answer."
     async def ask():
-        try: return (await done(self.http.get('/ready', timeout=min(self.timeout_s, 5)))).status_code == 200
-        except httpx.TransportError: return False
+        try: return await self.send('GET', '/ready', min(self.timeout_s, 5), lambda _: True)
+        except APIError: return False
     return self.run(ask())
 
-# %% ../nbs/lib/20b_client.ipynb #981f11fa
+# %% ../nbs/lib/20b_client.ipynb #23434c59
 MAX_BATCH,MAX_CHARS = 32, 8_000_000 # Listings that the server takes at a time, and what they may hold together; a longer one goes alone
-
-def chunks(
-    entries:Iterable[dict|APIError],
-    size:int = 16, # Most entries
-)->Iterator[list]:
+def chunks(entries:Iterable[dict|APIError], size:int=16)->Iterator[list]:
     "Lists of `entries`, none longer than `size` or `MAX_CHARS`."
     if not 1 <= size <= MAX_BATCH: raise ValueError(f'batch_size must be between 1 and {MAX_BATCH}, not {size}')
     chunk,total = [], 0
@@ -248,45 +227,24 @@ def chunks(
         if len(chunk) == size: yield chunk; chunk,total = [], 0
     if chunk: yield chunk
 
-# %% ../nbs/lib/20b_client.ipynb #7ba267af
-def entry(product:Mapping)->dict|APIError:
-    "A product as JSON, or why it cannot be sent."
-    try: return product_body(**product)
-    except OSError as e: return APIError(0, 'unreadable_image', f'image: {e}', [dict(field='image', message=str(e))])
-
-def read_items(
-    reply:httpx.Response,
-    n:int, # Listings that were sent
-)->list[Answer|APIError]:
-    "Results of a batch."
-    items = reply.json()['results']
-    if len(items) != n: raise ValueError(f'{len(items)} results for {n} listings')
-    return [read_answer(i['prediction']) if i['status'] == 200 else refusal(i['status'], i['error'], reply.headers) for i in items]
-
-# %% ../nbs/lib/20b_client.ipynb #93c39727
 @patch
-async def batch(self:BaseClient,
-    entries:list[dict|APIError]
-)->list[Answer|APIError]:
+async def batch(self:BaseClient, entries:list[dict|APIError])->list[Answer|APIError]:
     "An answer or an error for each of `entries`; raises `APIError` if the server refuses all of them."
     ask = [e for e in entries if isinstance(e, dict)]
-    got = iter(await self.call('POST', '/predict/batch', dict(products=ask), lambda r: read_items(r, len(ask))) if ask else [])
+    def read(reply):
+        result = lambda i: read_answer(i['prediction']) if i['status'] == 200 else refusal(i['status'], i['error'], reply.headers)
+        return [result(i) for _,i in zip(ask, reply.json()['results'], strict=True)]
+    got = iter(await self.call('POST', '/predict/batch', dict(products=ask), read) if ask else [])
     return [next(got) if isinstance(e, dict) else e for e in entries]
 
-# %% ../nbs/lib/20b_client.ipynb #aef07f64
+# %% ../nbs/lib/20b_client.ipynb #5be9fa8a
 @patch
-def predict_many(self:Client,
-    products:Iterable[Mapping], # Arguments of `product_body`, and `top_k`
-    batch_size:int = 16, # Products in a request, at most `MAX_BATCH`
-)->Iterator[Answer|APIError]:
-    "Where each of many listings belongs."
+def predict_many(self:Client, products:Iterable[Mapping], batch_size:int=16)->Iterator[Answer|APIError]:
+    "Where each of `products` belongs, given by arguments of `predict`; they are sent `batch_size` at a time."
     for chunk in chunks(map(entry, products), batch_size): yield from self.run(self.batch(chunk))
 
 @patch
-async def predict_many(self:AsyncClient,
-    products:Iterable[Mapping], # As for `Client`, to be iterated over with `async for`
-    batch_size:int = 16,
-)->AsyncIterator[Answer|APIError]:
-    "Where each of many listings belongs."
+async def predict_many(self:AsyncClient, products:Iterable[Mapping], batch_size:int=16)->AsyncIterator[Answer|APIError]:
+    "The same, to be iterated over with `async for`."
     for chunk in chunks(map(entry, products), batch_size):
         for result in await self.run(self.batch(chunk)): yield result

@@ -31,12 +31,12 @@ def free_port(
 
 
 def wait_ready(url:str, server:subprocess.Popen, timeout_s:float=180):
-    "Until /health says ok; raises `RuntimeError` if the server ends or takes too long."
+    "Until /ready says 200; raises `RuntimeError` if the server ends or takes too long."
     end = time.monotonic()+timeout_s
     while time.monotonic() < end:
         if server.poll() is not None: raise RuntimeError(f'the server ended with exit code {server.returncode}')
         try:
-            if httpx.get(f'{url}/health', timeout=2).status_code == 200: return
+            if httpx.get(f'{url}/ready', timeout=2).status_code == 200: return
         except httpx.TransportError: pass
         time.sleep(.3)
     raise RuntimeError(f'the server was not ready after {timeout_s:.0f} s')

@@ -34,7 +34,7 @@ class Engine:
         self.launch,self.hang_s,self.restart_s = launch,hang_s,restart_s
         self.waiting,self.ids,self.ready,self.version = {}, count(1), False, ''
         self.process = self.pipe = None
-        self.closing,self.failures,self.born,self.epoch = False, 0, 0., 0
+        self.closing,self.failures,self.born,self.epoch,self.why = False, 0, 0., 0, ''
         self.sender = ThreadPoolExecutor(1, 'sender')
 
     async def start(self):
@@ -43,7 +43,7 @@ class Engine:
         self._spawn()
         try: await asyncio.wait_for(self.came.wait(), self.restart_s)
         except TimeoutError: pass
-        if not self.ready: self.stop(); raise RuntimeError('the worker could not load its model')
+        if not self.ready: self.stop(); raise RuntimeError(self.why or 'the worker did not become ready')
         self.watcher = asyncio.create_task(self._watch())
 
     def _spawn(self):
@@ -80,6 +80,7 @@ class Engine:
                 if seconds: metrics.BATCH.observe(len(answers)); metrics.MODEL.observe(seconds)
                 for u,version,answer in answers:
                     if (w := self.waiting.get(u)) and not w.future.done(): w.future.set_result((version, answer))
+            case 'failed', why: self.why = why; log.error(why)
             case 'serving', version: self._serves(version)
             case 'shadow', version, n, same: metrics.SHADOW.labels(version, 'same').inc(same); metrics.SHADOW.labels(version, 'other').inc(n-same)
 

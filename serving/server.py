@@ -54,7 +54,7 @@ class Server(ls.LitServer):
 
     @asynccontextmanager
     async def lifespan(self, app:FastAPI):
-        await self.engine.start()
+        if not self.engine.ready: await self.engine.start()
         log.info('serving %s, documentation at /docs', self.api.version)
         following = asyncio.create_task(self.follower.run())
         try: yield
@@ -112,5 +112,10 @@ def serve(
                             proxy_headers=bool(cfg.forwarded), forwarded_allow_ips=cfg.forwarded or None, server_header=False)
     uv = Graceful(config)
     log.info('starting on http://%s:%s', host, port)
-    uv.run()
-    if not uv.started: server.engine.stop(); sys.exit('rakuten-mm: the server could not start; the lines above say why')
+    async def run():
+        await server.engine.start()  # the port opens when there is a model
+        await uv.serve()
+    try:
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner: runner.run(run())
+    except RuntimeError as e: sys.exit(f'rakuten-mm: {e}')
+    finally: server.engine.stop()

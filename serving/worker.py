@@ -86,6 +86,7 @@ class MicroBatches(LitLoop):
         self.batch_size,self.wait_s = batch_size,wait_s
 
     def run(self, lit_api:'ProductAPI', device, worker_id, request_queue:Connection, transport:PipeTransport, workers_setup_status, callback_runner):
+        if lit_api.failed: transport.send(('failed', lit_api.failed)); time.sleep(.1); os._exit(1)
         inbox,pool,side = Inbox(request_queue), ThreadPoolExecutor(n_threads(lit_api.threads)), ThreadPoolExecutor(1)
         transport.send(('ready', lit_api.version))
         while True:
@@ -135,7 +136,9 @@ class ProductAPI(ls.LitAPI):
         for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
         torch.set_num_threads(n_threads(self.threads))
         self.coming,self.shadow,self.busy = queue.SimpleQueue(), None, threading.Semaphore(2)
-        self.model = self.open(self.bundle, self.version, 'load')
+        self.failed = ''
+        try: self.model = self.open(self.bundle, self.version, 'load')
+        except Exception as e: self.failed = f'{self.version} could not be loaded: {e}'
 
     def open(self, bundle:str, version:str, op:str)->Predictor:
         "A predictor that gives its bundle's golden answers; raises `ValueError` if it does not."

@@ -1,7 +1,9 @@
 "Environment and artefacts that the tests share."
+import base64
 import os
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,23 +57,63 @@ def bundle(data_dir, tmp_path_factory):
     return export(fit(data, preset('smoke'), out, progress=False), data, out)
 
 
+class Served:
+    "A server process and how to reach it."
+    def __init__(self, url:str, process:subprocess.Popen, log:Path, database:str):
+        self.url,self.process,self.log,self.database,self.user,self.password = url,process,log,database,USER,PASSWORD
+
+    def family(self)->list:
+        "The process and all below it."
+        import psutil
+        p = psutil.Process(self.process.pid)
+        return [p, *p.children(recursive=True)]
+
+    def worker(self):
+        "The process that runs the model."
+        return next(p for p in self.family() if 'spawn_main' in ' '.join(p.cmdline()))
+
+    def http(self, **kw):
+        "A client with the right credentials."
+        import httpx
+        return httpx.Client(base_url=self.url, headers=dict(authorization=basic(USER, PASSWORD)), timeout=60, **kw)
+
+    def metric(self, name:str)->float:
+        "The sum of a figure of /metrics."
+        lines = [l for l in self.http().get('/metrics').text.splitlines() if l.split('{')[0].split(' ')[0] == name]
+        return sum(float(l.rsplit(' ', 1)[1]) for l in lines)
+
+
+def basic(user:str, password:str)->str:
+    "A value of the `Authorization` header."
+    return 'Basic '+base64.b64encode(f'{user}:{password}'.encode()).decode()
+
+
 @contextmanager
-def running_server(model):
-    "Address of a real server process for a bundle or a registered version."
+def running_server(model, command=(sys.executable, '-m', 'rakuten_mm', 'serve', '--model', '{model}', '--port', '{port}'), end=True, **env):
+    "A real server process for a bundle or a registered version, with a database of its own."
     from serve_once import free_port, wait_ready
-    port = free_port(8080)
-    env = os.environ | dict(API_USERNAME=USER, API_PASSWORD=PASSWORD)
-    process = subprocess.Popen([sys.executable, '-m', 'rakuten_mm', 'serve', '--model', str(model), '--port', str(port)], env=env)
-    url = f'http://127.0.0.1:{port}'
+    port,home = free_port(8080), Path(tempfile.mkdtemp(prefix='served-'))
+    env = dict(API_USERNAME=USER, API_PASSWORD=PASSWORD, API_DATABASE_URL=f"sqlite:///{home/'feedback.db'}", API_RATE='1000000/minute',
+               API_FAILED_LOGINS='1000000/minute') | env
+    with open(home/'log', 'w') as log:
+        process = subprocess.Popen([c.format(model=model, port=port) for c in command], env=os.environ | env, stdout=log, stderr=subprocess.STDOUT)
+    served = Served(f'http://127.0.0.1:{port}', process, home/'log', env['API_DATABASE_URL'])
     try:
-        wait_ready(url, process)
-        yield url
+        wait_ready(served.url, process)
+        yield served
     finally:
         process.terminate()
-        assert process.wait(30) == 0
+        code = process.wait(40)
+    assert code == 0 or not end, served.log.read_text()[-3000:]
 
 
 @pytest.fixture(scope='session')
 def server(bundle):
-    "Address of a server of `bundle`."
-    with running_server(bundle) as url: yield url
+    "A server of `bundle`."
+    with running_server(bundle) as served: yield served
+
+
+@pytest.fixture(scope='session')
+def page_server(bundle):
+    "Another, for the page: what it answers waits for review."
+    with running_server(bundle, API_KEEP_INPUTS='all') as served: yield served

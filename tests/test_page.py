@@ -6,7 +6,6 @@ import re
 import shutil
 from pathlib import Path
 
-import httpx
 import pytest
 from PIL import Image, ImageDraw
 from selenium import webdriver
@@ -14,8 +13,6 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from sqlalchemy import MetaData, Table, create_engine, select
-
-from rakuten_mm.api_check import basic
 
 CHROMIUM,DRIVER = shutil.which('chromium'), shutil.which('chromedriver')
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's packages chromium and chromium-driver")
@@ -67,6 +64,16 @@ class Page:
         self.sign_in(); self.see('#predict-form')
         if page != 'predict': self.see(f'#nav-{page}').click()
 
+    def stub(self, path, *answers):
+        "Have the next calls of `path` answered with a status, or not at all (0)."
+        self.driver.execute_script('''const code = {401: 'unauthorized', 503: 'overloaded', 500: 'internal_error'};
+            const real = window.fetch, left = [...arguments[1]];
+            window.fetch = async (to, how) => {
+                if (to !== arguments[0] || !left.length) return real(to, how);
+                const status = left.shift(); if (!status) throw new TypeError('Failed to fetch');
+                return new Response(JSON.stringify({error: {code: code[status], message: 'stub', fields: []}}), {status, headers: {'Retry-After': '1'}});
+            };''', path, answers)
+
     def fits(self): return self.js('document.documentElement.scrollWidth <= document.documentElement.clientWidth')
 
     def shot(self, folder, name):
@@ -106,7 +113,7 @@ def photo(size=(320,200)):
 @pytest.fixture
 def api(page_server):
     "A client with the same rights as the page."
-    with httpx.Client(base_url=page_server.url, headers=basic(page_server.user, page_server.password), timeout=60) as client: yield client
+    with page_server.http() as client: yield client
 
 
 def test_wrong_password_then_right(page):
@@ -132,7 +139,7 @@ def test_predict_and_why(page, tmp_path):
     lane = page.see('#lane'); assert lane.get_attribute('data-lane') == 'review' and 'À vérifier' in lane.text and page.all('#candidates li')
     assert 'texte + photo' in page.text('#about') and page.text('#version')
     page.all('#ranked input')[1].click(); page.see('#why').click()  # the runner-up
-    assert page.text('#why-title').startswith(f"Pourquoi « {page.all('#ranked .name')[1].text.rsplit(' ', 1)[0]} »")
+    assert page.text('#why-title').startswith(f"Pourquoi «\xa0{page.all('#ranked .name')[1].text.rsplit(' ', 1)[0]}\xa0»")
     assert page.text('#words .title') == 'Piscine ronde 🏊 hors-sol 3 m' and page.all('#words mark')
     assert {w.get_attribute('title').split(' ', 1)[1] for w in page.all('#words mark')} <= {'(pour)', '(contre)'}
     assert {w.text for w in page.all('#words mark')} <= set('Piscine ronde 🏊 hors-sol 3 m Liner bleu, filtre à sable et échelle.'.split())
@@ -182,6 +189,27 @@ def test_review_by_keyboard(page, api):
         rows = c.execute(select(feedback.c.prediction_id, feedback.c.prdtypecode, feedback.c.reviewer).where(feedback.c.prediction_id.in_(chosen))).all()
     engine.dispose()
     assert len(ids) == 6 and {r.prediction_id: r.prdtypecode for r in rows} == chosen and {r.reviewer for r in rows} == {page.server.user}
+
+
+def test_busy_server_and_save_that_fails(page, api):
+    "A busy server is asked again; a correction that is not stored is not lost."
+    assert api.post('/predict', json={'designation': 'Vase <b style="color:red">bleu</b> &amp; vert'}).status_code == 200
+    page.enter(); page.stub('/predict/upload', 503, 503); page.type('#designation', 'Vase'); page.press(Keys.ENTER)
+    assert 'Nouvel essai dans 1 s (2 sur 3)' in page.text('#notice') and page.text('#result-title')
+    assert page.js("document.getElementById('notice').innerText") == ''
+    page.see('#nav-review').click(); page.see('#item')
+    for answers,message in (((500,), "Une erreur s’est produite"), ((0,), 'ne répond pas'), ((503,)*3, 'est occupé')):
+        title = page.text('#item-title'); page.stub('/feedback', *answers); page.press('1')
+        page.wait(lambda m=message: m in page.js("document.getElementById('review-error').innerText"))
+        assert page.text('#item-title') == title and page.text('#count-done') == '0' and not page.all('#yours')
+    page.press('1'); page.wait(lambda: page.text('#count-done') == '1')
+
+
+def test_session_that_ends(page):
+    "Signing in again goes on where the session ended."
+    page.enter(); page.type('#designation', 'Vase'); page.stub('/predict/upload', 401); page.press(Keys.ENTER)
+    assert page.text('#sign-in-error').startswith('Votre session est terminée')
+    page.sign_in(); page.see('#predict-form'); assert page.js("document.getElementById('designation').value") == 'Vase'
 
 
 def test_skipped_to_the_end(page, api):

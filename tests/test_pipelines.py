@@ -75,10 +75,10 @@ def test_api_check(stack, bundle, data_dir, tmp_path):
     with tracked_run(name='api check') as run: version = register_bundle(run, bundle)
     mlflow_client().set_registered_model_alias('rakuten-mm', 'champion', version)
     assert not promote(version, Dataset.open(data_dir), progress=False).promoted
-    with running_server(f'models:/rakuten-mm/{version}') as url:
-        res = zenml('api_check', tmp_path, dict(API_USERNAME=USER, API_PASSWORD=PASSWORD), url=url)
+    with running_server(f'models:/rakuten-mm/{version}') as served:
+        res = zenml('api_check', tmp_path, dict(API_USERNAME=USER, API_PASSWORD=PASSWORD), url=served.url)
         assert res.returncode == 0, res.stdout+res.stderr
         assert last_run().info.status == 'FINISHED'
-        res = zenml('api_check', tmp_path, dict(API_USERNAME=USER, API_PASSWORD='another'), url=url)
+        res = zenml('api_check', tmp_path, dict(API_USERNAME=USER, API_PASSWORD='another'), url=served.url)
     assert res.returncode == 1 and 'credentials right: 401 instead of 200' in res.stdout+res.stderr
     assert last_run().info.status == 'FAILED'

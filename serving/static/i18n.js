@@ -73,8 +73,9 @@ const STRINGS = {
   waiting: ['En attente', 'Waiting'],
   loading: ['Chargement…', 'Loading…'],
   empty: ['Rien à vérifier', 'Nothing to review'],
+  emptySkipped: ['Plus que des annonces passées', 'Only skipped listings are left'],
   emptyWhy: ['Aucune annonce n’attend. Il en viendra dès que le modèle hésitera.', 'No listing is waiting. More will come when the model hesitates.'],
-  skippedWhy: ['Il reste {n} annonce(s) que vous avez passée(s).', '{n} listing(s) that you skipped are left.'],
+  skippedWhy: ['À revoir : {n}.', 'To look at again: {n}.'],
   again: ['Regarder à nouveau', 'Look again'],
   showSkipped: ['Revoir les annonces passées', 'Show the skipped ones'],
   noTitle: ['(sans titre)', '(no title)'],
@@ -92,6 +93,7 @@ const STRINGS = {
   saving: ['Enregistrement…', 'Saving…'],
   saved: ['Enregistré : {name}.', 'Saved: {name}.'],
   savedConflict: ['Enregistré : {name}. Les avis diffèrent : l’annonce reste à trancher.', 'Saved: {name}. Reviewers disagree: the listing stays open.'],
+  savedSettled: ['Enregistré : {name}. Les avis diffèrent ; la majorité dit {most}.', 'Saved: {name}. Reviewers disagree; most say {most}.'],
   notSaved: ['Non enregistré.', 'Not saved.'],
   shortcuts: ['Raccourcis clavier', 'Keyboard shortcuts'],
   keyChoose: ['choisir', 'choose'],
@@ -102,6 +104,10 @@ const STRINGS = {
 
   // Errors by code of the error body; the server's own words are for codes that are not here.
   network: ['Le serveur ne répond pas. Vérifiez la connexion et réessayez.', 'The server cannot be reached. Check the connection and try again.'],
+  overloaded: ['Le serveur est occupé. Réessayez dans un moment.', 'The server is busy. Try again in a moment.'],
+  no_database: ['La base de données ne répond pas ; rien n’a été enregistré.', 'The database cannot be reached; nothing was stored.'],
+  worker_crashed: ['Le modèle ne peut pas lire cette annonce.', 'The model cannot read this listing.'],
+  body_timeout: ['L’envoi a pris trop de temps. Réessayez.', 'Sending took too long. Try again.'],
   unavailable: ['Le serveur est occupé. Réessayez dans un moment.', 'The server is busy. Try again in a moment.'],
   timeout: ['Le serveur a mis trop de temps. Réessayez.', 'The server took too long. Try again.'],
   internal_error: ['Une erreur s’est produite sur le serveur.', 'Something went wrong on the server.'],
@@ -122,10 +128,12 @@ export const known = key => Object.hasOwn(STRINGS, key);
 
 /** The string `key` with `{name}` filled in. */
 export function t(key, values = {}) {
-  return STRINGS[key][LANGS.indexOf(lang)].replace(/\{(\w+)\}/g, (_, name) => values[name] ?? '');
+  const text = STRINGS[key][LANGS.indexOf(lang)].replace(/ (?=[?:!»])|(?<=«) /g, '\u00a0'); // French marks do not begin a line
+  return text.replace(/\{(\w+)\}/g, (_, name) => values[name] ?? '');
 }
 
-export const percent = p => new Intl.NumberFormat(lang, {style: 'percent', maximumFractionDigits: p < .1 || p > .99 ? 1 : 0}).format(p);
+const share = p => new Intl.NumberFormat(lang, {style: 'percent', maximumFractionDigits: p < .1 || p > .99 ? 1 : 0}).format(p);
+export const percent = p => p > 0 && p < .0005 ? `< ${share(.001)}` : share(p);
 export const signed = x => new Intl.NumberFormat(lang, {signDisplay: 'exceptZero', minimumFractionDigits: 2, maximumFractionDigits: 2}).format(x);
 export const when = iso => new Intl.DateTimeFormat(lang, {dateStyle: 'medium', timeStyle: 'short'}).format(new Date(iso));
 

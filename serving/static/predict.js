@@ -69,12 +69,12 @@ function setBusy(on) {
 }
 
 /** Run `job` with the form busy; its error goes to `box`. */
-async function working(message, box, job) {
+async function working(message, status, box, job) {
   if (busy) return;
   const mine = round;
-  setBusy(true); say(box); say($('predict-status'), () => t(message));
+  setBusy(true); say(box); say($(status), () => t(message));
   try { await job(() => mine === round); } catch (e) { if (mine === round) sayError(box, e); }
-  if (mine === round) { setBusy(false); say($('predict-status')); }
+  if (mine === round) { setBusy(false); say($(status)); }
 }
 
 function predict() {
@@ -83,11 +83,14 @@ function predict() {
     say($('predict-error'), () => h('p', {}, t('nothingGiven')));
     return $('designation').focus();
   }
-  return working('reading', $('predict-error'), async current => {
+  return working('reading', 'predict-status', $('predict-error'), async current => {
     const form = new FormData();
     form.set('designation', listing.designation); form.set('description', listing.description); form.set('top_k', '5');
     if (listing.file) form.set('image', listing.file);
-    const response = await call('/predict/upload', {form});
+    const response = await call('/predict/upload', {form}).catch(e => {
+      if (current() && e.code !== 'cancelled') { setAnswer(null); render(); } // an answer to another listing would mislead
+      throw e;
+    });
     if (!current()) return;
     setAnswer({listing, response, chosen: response.prdtypecode, why: null, overlay: true});
     render();
@@ -97,7 +100,7 @@ function predict() {
 
 function explain() {
   const mine = answer, {designation, description, file} = mine.listing;
-  return working('whyBusy', $('why-error'), async current => {
+  return working('whyBusy', 'why-status', $('why-error'), async current => {
     const image = file ? await base64(file) : null;
     const why = await call('/explain', {json: {designation, description, image, prdtypecode: mine.chosen}});
     if (!current() || mine !== answer) return;
@@ -115,7 +118,7 @@ const base64 = file => new Promise((resolve, fail) => {
 });
 
 function render() {
-  say($('why-error'));
+  say($('why-error')); say($('why-status'));
   if (!answer) return $('result').replaceChildren(h('p', {class: 'muted placeholder'}, t('resultEmpty')));
   const {response: r, why} = answer, [mark, lane, laneWhy] = LANES[r.lane];
   const row = (c, i) => h('li', {}, h('label', {class: 'row', 'data-code': c.prdtypecode},
@@ -129,7 +132,8 @@ function render() {
       h('ul', {id: 'candidates', class: 'chips', 'aria-labelledby': 'candidates-label'},
         r.candidates.map(c => h('li', {}, nameOf(c, r.top_k.find(k => k.prdtypecode === c)?.label))))] : []),
     h('fieldset', {}, h('legend', {class: 'label'}, t('ranked')), h('ol', {id: 'ranked'}, r.top_k.map(row))),
-    h('div', {class: 'actions'}, h('button', {type: 'button', id: 'why', 'aria-disabled': busy, onclick: explain}, t('why')), h('span', {class: 'muted'}, t('whyHint'))),
+    h('div', {class: 'actions'}, h('button', {type: 'button', id: 'why', 'aria-disabled': busy, onclick: explain}, t('why')), h('span', {class: 'muted'}, t('whyHint')),
+      h('span', {id: 'why-status', class: 'muted working', role: 'status'})),
     h('div', {id: 'why-error', class: 'message error', role: 'alert'}),
     ...(why ? [explanation(why)] : []),
     h('p', {class: 'muted small', id: 'about'}, `${t('read', {what: r.modalities.map(m => t(m)).join(' + ')})} `, h('span', {id: 'version'}, r.model_version)));
@@ -160,12 +164,18 @@ function words(why) {
     return h('p', {class: `text ${field}`, lang: 'fr'}, ...out, chars.slice(at).join(''));
   };
   const top = sign => {
-    const unique = new Map(why.words.filter(w => counts(w) && Math.sign(w.weight) === sign).map(w => [w.word.toLowerCase(), w]));
+    const unique = new Map(why.words.filter(w => counts(w) && Math.sign(w.weight) === sign).map(w => [short(w.word).toLowerCase(), w]));
     const list = [...unique.values()].sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight)).slice(0, 5);
-    return list.map(w => `${w.word.length > 40 ? `${w.word.slice(0, 40)}…` : w.word} (${signed(w.weight)})`).join(', ') || t('none');
+    return list.map(w => `${short(w.word)} (${signed(w.weight)})`).join(', ') || t('none');
   };
   return [h('div', {id: 'words'}, why.title ? text('title') : null, why.description ? text('description') : null),
     h('p', {class: 'small'}, h('span', {class: 'word for key'}, t('for')), ' ', top(1)), h('p', {class: 'small'}, h('span', {class: 'word against key'}, t('against')), ' ', top(-1))];
+}
+
+/** A word without the punctuation around it, a long stretch without its end. */
+function short(text) {
+  const word = text.replace(/^[\p{P}\s]+|[\p{P}\s]+$/gu, '') || text;
+  return word.length > 40 ? `${word.slice(0, 40)}…` : word;
 }
 
 function word(text, weight, counts, most) {
@@ -188,5 +198,6 @@ function heat(regions) {
   grid.style.setProperty('--size', size);
   const toggle = h('input', {type: 'checkbox', id: 'overlay', checked: answer.overlay, onchange: e => { answer.overlay = e.target.checked; grid.hidden = !answer.overlay; }});
   return h('div', {}, h('div', {id: 'heat', class: 'heat', role: 'img', 'aria-label': t('regionsAlt', {r: Math.floor(at/size)+1, c: at%size+1})},
-    answer.listing.url ? h('img', {src: answer.listing.url, alt: ''}) : null, grid), h('label', {class: 'check'}, toggle, t('overlay')));
+    answer.listing.url ? h('img', {src: answer.listing.url, alt: ''}) : null, grid), 
+    h('p', {class: 'legend'}, h('label', {class: 'check'}, toggle, t('overlay')), h('span', {}, h('i', {class: 'cell for'}), t('speaksFor')), h('span', {}, h('i', {class: 'cell against'}), t('speaksAgainst'))));
 }

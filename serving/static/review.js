@@ -47,6 +47,14 @@ async function load() {
   }
 }
 
+/** What a seller's HTML says; it is parsed apart from the page and only its text is used. */
+function readable(text) {
+  if (!/[<&]/.test(text)) return text;
+  const {body} = new DOMParser().parseFromString(text.replace(/<(br|\/?p|\/?div|\/?li)\b[^>]*>/gi, '\n').replace(/\sstyle\s*=/gi, ' data-s='), 'text/html');
+  for (const n of body.querySelectorAll('script, style')) n.remove();
+  return body.textContent.replace(/\s*\n\s*/g, '\n').trim() || text;
+}
+
 /** Numbered choices: the candidates, then the other likely ones. */
 function choices(item) {
   const codes = [...new Set([...(item.candidates ?? []), ...item.top_k.map(c => c.prdtypecode)])].slice(0, 9);
@@ -61,9 +69,10 @@ async function save(code, label) {
   try {
     const answer = await call('/feedback', {json: {prediction_id: item.prediction_id, prdtypecode: code}});
     if (mine !== round) return;
-    if (item.chosen == null && !answer.conflict) waiting = Math.max(0, waiting-1);
+    if (item.chosen == null) waiting = Math.max(0, waiting-1);
     item.chosen = code; item.skipped = false;
-    say($('review-status'), () => t(answer.conflict ? 'savedConflict' : 'saved', {name: nameOf(code, label)}));
+    const message = !answer.conflict ? 'saved' : answer.verdict == null ? 'savedConflict' : 'savedSettled';
+    say($('review-status'), () => t(message, {name: nameOf(code, label), most: nameOf(answer.verdict)}));
     move(1);
   } catch (e) { // the listing stays where it is
     if (mine !== round) return;
@@ -106,12 +115,14 @@ function render(focus = true) {
   $('count-done').textContent = done; $('count-waiting').textContent = waiting ?? '…';
   $('queue').replaceChildren(item ? panel(item) : waiting == null ? '' : emptiness());
   showPicture(item);
-  if (focus) $('item-title')?.focus();
+  if (!focus) return;
+  $('item-title')?.focus({preventScroll: true});
+  if ($('queue').getBoundingClientRect().top < 0) $('review').scrollIntoView(); // the photo is above the title
 }
 
 function emptiness() {
   const left = skipped().length;
-  return h('div', {class: 'card empty', id: 'empty'}, h('h2', {id: 'item-title', tabindex: -1}, t('empty')),
+  return h('div', {class: 'card empty', id: 'empty'}, h('h2', {id: 'item-title', tabindex: -1}, t(left ? 'emptySkipped' : 'empty')),
     h('p', {class: 'muted'}, left ? t('skippedWhy', {n: left}) : t('emptyWhy')),
     h('div', {class: 'actions'}, h('button', {type: 'button', id: 'again', class: left ? 'primary' : '', onclick: again}, t(left ? 'showSkipped' : 'again')),
       at > 0 ? h('button', {type: 'button', class: 'plain', onclick: back}, t('back')) : null));
@@ -123,8 +134,8 @@ function panel(item) {
   return h('article', {id: 'item', class: 'columns', 'data-prediction': item.prediction_id, 'aria-labelledby': 'item-title'},
     h('div', {class: 'card'},
       item.has_image ? h('div', {class: 'picture', id: 'picture'}) : h('p', {class: 'muted'}, t('noPhoto')),
-      h('h2', {id: 'item-title', tabindex: -1, lang: item.designation ? 'fr' : null}, item.designation || t('noTitle')),
-      item.description ? h('p', {id: 'item-description', class: 'text scroll', lang: 'fr', tabindex: 0, role: 'group', 'aria-label': t('description')}, item.description) : null,
+      h('h2', {id: 'item-title', tabindex: -1, lang: item.designation ? 'fr' : null}, readable(item.designation) || t('noTitle')),
+      item.description ? h('p', {id: 'item-description', class: 'text scroll', lang: 'fr', tabindex: 0, role: 'group', 'aria-label': t('description')}, readable(item.description)) : null,
       h('p', {class: 'muted small'}, `${when(item.created_at)} · ${t('version')} ${item.model_version}`)),
     h('div', {class: 'card'},
       item.chosen == null ? null : h('p', {id: 'yours', class: 'message good'}, t('yours', {name: nameOf(item.chosen)})),
