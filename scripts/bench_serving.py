@@ -233,8 +233,7 @@ class Client:
 
 def client(job:dict):
     "Load a server as told; prints what was seen."
-    try: import uvloop
-    except ImportError: uvloop = None
+    with suppress(ImportError): from uvloop import new_event_loop as loop_factory
     me,limit_s = Client(**job['client']), job['limit_s']
     gc.collect(); gc.disable()
     print('started', flush=True)

@@ -7,14 +7,19 @@ scratch=$(mktemp -d); trap 'rm -rf "$scratch"' EXIT
 export ZENML_CONFIG_PATH=$scratch/zenml RAKUTEN_MM_ARTIFACTS=$scratch/artifacts IPYTHONDIR=$scratch/ipython MPLCONFIGDIR=$scratch/matplotlib
 unset MLFLOW_TRACKING_URI API_USERNAME API_PASSWORD
 export OMP_WAIT_POLICY=passive # kernels and servers share the cores with pytest; threads that spin while they wait would starve them
-# A system program that pip cannot bring. Nothing else needs it, so tests do without where it cannot be had.
-if ! command -v rclone >/dev/null; then
+# System programs that pip cannot bring. Only tests need them, and do without where they cannot be had.
+missing=()
+command -v rclone >/dev/null || missing+=(rclone)
+command -v chromium >/dev/null && command -v chromedriver >/dev/null || missing+=(chromium chromium-driver)
+ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing+=(postgresql)
+if [ ${#missing[@]} -gt 0 ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        say "installing rclone"
-        apt_rclone() { DEBIAN_FRONTEND=noninteractive timeout 180 apt-get install -y --no-install-recommends rclone >/dev/null 2>&1; }
-        apt_rclone || { timeout 120 apt-get update >/dev/null 2>&1 && apt_rclone; } || say "apt-get could not install rclone: tests of fetch will be skipped"
+        say "installing ${missing[*]}"
+        fetch() { DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y --no-install-recommends "$1" >/dev/null 2>&1; }
+        timeout 120 apt-get update >/dev/null 2>&1 || true
+        for p in "${missing[@]}"; do fetch "$p" || say "apt-get could not install $p: its tests will be skipped"; done
     else
-        say "rclone is not installed, and only root can install it with apt-get: tests of fetch will be skipped"
+        say "not installed, and only root can install with apt-get: ${missing[*]}; their tests will be skipped"
     fi
 fi
 say "lint"

@@ -1,0 +1,137 @@
+"The database of answers and corrections, in SQLite and in a real PostgreSQL."
+import shutil
+import subprocess
+import time
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from serve_once import free_port
+from sqlalchemy import create_engine, inspect, text
+from sqlalchemy.exc import DBAPIError
+
+from serving.store import Base, Feedback, Store, open_database, verdict
+
+INITDB = next(iter(sorted(Path('/usr/lib/postgresql').glob('*/bin/initdb'), reverse=True)), None) or shutil.which('initdb')
+
+
+@pytest.fixture(scope='session')
+def postgres(tmp_path_factory):
+    "The URL of an empty PostgreSQL of this session's own."
+    if not INITDB: pytest.skip('PostgreSQL is not installed (Debian: postgresql)')
+    import os
+    home,port,bin = tmp_path_factory.mktemp('postgres'), free_port(0), Path(INITDB).parent
+    as_whom = ['runuser', '-u', 'postgres', '--'] if os.getuid() == 0 else []  # it refuses to run as root
+    if as_whom:
+        shutil.chown(home, 'postgres')
+        for p in home.parents[:2]: p.chmod(0o755)
+    run = lambda *a,**kw: subprocess.run([*as_whom, *map(str, a)], check=True, capture_output=True, cwd='/', **kw)
+    run(bin/'initdb', '-D', home/'data', '-U', 'rakuten', '-A', 'trust', '--no-sync')
+    run(bin/'pg_ctl', '-D', home/'data', '-l', home/'log', '-w', '-o', f"-p {port} -k '' -c listen_addresses=127.0.0.1 -c fsync=off", 'start')
+    try: yield f'postgresql+psycopg://rakuten@127.0.0.1:{port}/postgres'
+    finally: run(bin/'pg_ctl', '-D', home/'data', '-m', 'immediate', 'stop')
+
+
+@pytest.fixture(params=['sqlite', 'postgresql'])
+def url(request, tmp_path):
+    "An empty database."
+    if request.param == 'sqlite': return f'sqlite:///{tmp_path/"feedback.db"}'
+    server,name = request.getfixturevalue('postgres'), f't{uuid.uuid4().hex}'
+    with create_engine(server, isolation_level='AUTOCOMMIT').connect() as c: c.execute(text(f'CREATE DATABASE {name}'))
+    return server.removesuffix('postgres')+name
+
+
+@pytest.fixture
+def store(url, tmp_path):
+    s = Store(url, tmp_path/'images')
+    yield s
+    s.close()
+
+
+def answer(lane='review', usefulness=.5, **kw)->dict:
+    "A row of `predictions`."
+    return dict(id=str(uuid.uuid4()), created_at=datetime.now(UTC), user='anna', model_version='rakuten-mm/1', prdtypecode=10, probability=.5, lane=lane,
+                usefulness=usefulness, top_k=[dict(prdtypecode=10, label='Livres', probability=.5)], candidates=[10, 2403], modalities=['text'],
+                text_sha256='0'*64, image_sha256='', designation='Livre', description='', has_inputs=1) | kw
+
+
+def test_migrations_make_what_the_code_expects(url):
+    "Also on a database that is up to date, and by two servers that start at once."
+    threads = [Thread(target=open_database, args=(url,)) for _ in range(1 if url.startswith('sqlite') else 3)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    found = inspect(open_database(url))
+    for name,table in Base.metadata.tables.items():
+        assert {c['name']: c['nullable'] for c in found.get_columns(name)} == {c.name: c.nullable for c in table.columns}, name
+        assert {i['name'] for i in found.get_indexes(name)} == {i.name for i in table.indexes}, name
+
+
+def test_answers_are_written_and_found(store):
+    rows = [answer(usefulness=u) for u in (.2, .9, .5)]+[answer('auto'), answer(has_inputs=0)]
+    for r in rows: store.add(r)
+    queue,waiting = store.queue()
+    assert [q.usefulness for q in queue] == [.9, .5, .2] and waiting == 3
+    got = store.get(rows[0]['id'])
+    assert got.created_at == rows[0]['created_at'] and got.top_k == rows[0]['top_k'] and got.candidates == [10, 2403] and got.designation == 'Livre'
+    assert store.get(str(uuid.uuid4())) is None and store.dropped == 0
+
+
+def test_corrections_are_arbitrated(store):
+    "The last word of each reviewer counts; without a winner the listing waits for others, not for those who have spoken."
+    row = answer(); store.add(row)
+    say = lambda code,who: verdict(store.correct(row['id'], code, who)[1])
+    waits = lambda who='': [q.id for q in store.queue(reviewer=who)[0]] == [row['id']]
+    assert waits() and say(10, 'anna') == 10 and not waits()
+    assert say(2403, 'bob') is None and waits('eve') and not waits('anna')
+    assert say(10, 'bob') == 10 and not waits('eve')  # bob thought again
+    assert say(2403, 'bob') is None and say(2403, 'eve') == 2403 and not waits('zoe')
+    assert [c.prdtypecode for c in store.corrections([row['id']])[row['id']]] == [10, 2403, 10, 2403, 2403]
+    with pytest.raises(KeyError): store.correct(str(uuid.uuid4()), 10, 'anna')
+
+
+def test_corrections_cannot_be_changed(store):
+    row = answer(); store.add(row); store.correct(row['id'], 10, 'anna')
+    for sql in ('UPDATE feedback SET prdtypecode = 40', 'DELETE FROM feedback'):
+        with pytest.raises(DBAPIError, match='only added'), store.engine.begin() as c: c.execute(text(sql))
+    assert verdict(store.corrections([row['id']])[row['id']]) == 10
+
+
+def test_reviewers_at_once(store):
+    "Nothing that was confirmed is lost."
+    rows = [answer() for _ in range(8)]
+    for r in rows: store.add(r)
+    def work(who):
+        for r in rows: store.correct(r['id'], 10, who)
+    threads = [Thread(target=work, args=(f'r{i}',)) for i in range(6)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert all(len(c) == 6 for c in store.corrections([r['id'] for r in rows]).values())
+
+
+def test_pictures_are_kept_once(store):
+    for _ in range(2): store.add(answer(image_sha256='ab'*32), b'picture')
+    store.queue()
+    assert store.image_path('ab'*32).read_bytes() == b'picture'
+
+
+def test_a_database_that_goes_away_costs_records_only(postgres, tmp_path):
+    name = f't{uuid.uuid4().hex}'
+    admin = create_engine(postgres, isolation_level='AUTOCOMMIT')
+    with admin.connect() as c: c.execute(text(f'CREATE DATABASE {name}'))
+    store = Store(postgres.removesuffix('postgres')+name, tmp_path)
+    store.add(answer()); store.queue()
+    with admin.connect() as c: c.execute(text(f'DROP DATABASE {name} WITH (FORCE)'))
+    start = time.monotonic()
+    for _ in range(10): store.add(answer())
+    assert time.monotonic()-start < .5
+    store.waiting.join()
+    assert store.dropped == 10
+    store.close()
+
+
+def test_verdict():
+    said = lambda *pairs: [Feedback(reviewer=r, prdtypecode=c) for r,c in pairs]
+    assert verdict([]) is None and verdict(said(('a', 1))) == 1 and verdict(said(('a', 1), ('b', 2))) is None
+    assert verdict(said(('a', 1), ('b', 2), ('a', 2))) == 2 and verdict(said(('a', 1), ('b', 1), ('c', 2))) == 1
