@@ -75,6 +75,7 @@ def to_square(
     size:int, # Side in pixels
 )->np.ndarray: # (size, size, 3) uint8
     "`im` padded with white to a square and resized (bicubic)."
+    if round(size*min(im.size)/max(im.size)) == 0: im = im.resize([max(n*size//max(im.size), 1) for n in im.size], Image.Resampling.BICUBIC)  # a line
     if im.size != (size, size): im = ImageOps.pad(im, (size, size), Image.Resampling.BICUBIC, color='white')
     return np.array(im)
 

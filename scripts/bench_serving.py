@@ -27,6 +27,8 @@ swap      `swap_failed_requests`: answers other than 200 while the champion chan
 What `vs_fastapi` compares with (`PLAIN` below) is what a competent developer writes in one file: FastAPI on one uvicorn process, a `def`
 endpoint in FastAPI's thread pool, HTTP Basic, the listing cleaned and its picture decoded with Pillow by the same code as here, one listing a
 call, and the bundle's weights in PyTorch as it comes, with PyTorch's own number of threads. It records nothing and limits nothing.
+
+`first_ms` is the slowest of 32 requests that are the first, and come at once; they do not count elsewhere.
 """
 import argparse
 import asyncio
@@ -233,12 +235,12 @@ class Client:
 
 def client(job:dict):
     "Load a server as told; prints what was seen."
-    with suppress(ImportError): from uvloop import new_event_loop as loop_factory
+    import uvloop
     me,limit_s = Client(**job['client']), job['limit_s']
     gc.collect(); gc.disable()
     print('started', flush=True)
     async def run(): return await asyncio.wait_for(getattr(me, job['how'])(**job['load']), limit_s)
-    with asyncio.Runner(loop_factory=uvloop and uvloop.new_event_loop) as runner: print(json.dumps(runner.run(run()) | dict(records=me.records)))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: print(json.dumps(runner.run(run()) | dict(records=me.records)))
 
 
 # The bench
@@ -276,6 +278,7 @@ class Served:
     port:int
     pid:int
     seconds:float # That it took to become ready
+    cpu_s:float # Of CPU time until then
 
 
 @dataclass
@@ -326,7 +329,7 @@ class Bench:
                 time.sleep(.1)
             else: raise SystemExit(f'no server after two minutes\n{log.read_text()[-3000:]}')
             if process.poll() is not None: raise SystemExit(f'the server ended with exit code {process.returncode}\n{log.read_text()[-3000:]}')
-            yield Served(port, process.pid, time.monotonic()-begin)
+            yield Served(port, process.pid, time.monotonic()-begin, tree_cpu(process.pid))
             process.terminate()
             code = process.wait(60)
             assert code == ends_with, f'{command[2]} ended with exit code {code}\n{log.read_text()[-3000:]}'
@@ -480,7 +483,7 @@ def memory(bench:Bench)->dict:
             if (df.status != 200).any(): raise SystemExit(f'memory: answers by status {Counter(df.status.tolist())}')
             time.sleep(1); seen.append(statistics.median(rss() for _ in range(5)))
             say(f'  {start+step} requests: {seen[-1]:.1f} MB')
-    return dict(rss_growth=seen[-1]/seen[1]-1, rss_mb=seen, ready_s=ours.seconds)
+    return dict(rss_growth=seen[-1]/seen[1]-1, rss_mb=seen)
 
 
 def register(bench:Bench, name:str)->int:
@@ -571,7 +574,10 @@ def run(work:Path, args)->dict:
     out = dict(cores=n_threads(), quick=args.quick, picture_px=size, request_kb=statistics.median(len(b)*4/3e3 for _,_,b in bench.rows),
                image_runtime=json.loads((bundle/'config.json').read_text())['info']['runtime'].get('image'))
     with ExitStack() as stack:
-        if {'speed', 'steady', 'overload'} & set(parts): ours = stack.enter_context(bench.serve(bundle)); out['server_ready_s'] = ours.seconds
+        if {'speed', 'steady', 'overload'} & set(parts):
+            ours = stack.enter_context(bench.serve(bundle))
+            out |= dict(server_ready_s=ours.seconds, server_ready_cpu_s=ours.cpu_s, first_ms=bench.load(ours.port, 'closed', clients=CLIENTS, count=CLIENTS)['records'].ms.max())
+            bench.full(ours.port, 1.)
         if 'speed' in parts: say('speed'); out |= speed(bench, ours)
         if {'steady', 'overload'} & set(parts):
             say('capacity')

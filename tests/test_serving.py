@@ -153,6 +153,7 @@ def test_f03_body_over_the_limit(http, server):
         answer,sent = raw(server, f'POST {path} HTTP/1.1\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n',
                           [start, *[block]*1000])
         assert answer.startswith(b'HTTP/1.1 413') and sent < 2*MAX_BODY, (kind, answer[:200], sent)  # what the sockets hold included
+        time.sleep(1)  # the log's line comes after the answer
         last = [json.loads(l) for l in server.log.read_text().splitlines() if f'"path": "{path}"' in l][-1]
         assert last['status'] == 413 and last['bytes'] <= MAX_BODY+65_536
     assert max(p.memory_info().rss for p in server.family())-before < 100e6
@@ -316,13 +317,15 @@ def test_roles_and_tokens(bundle, tmp_path):
     url = f'sqlite:///{tmp_path/"users.db"}'
     store = Store(url, kept_images())
     for role in ('predict', 'review', 'admin'): add_user(store, role, 'correct horse battery', role)
-    with running_server(bundle, API_DATABASE_URL=url, API_USERNAME='', API_PASSWORD='', API_TOKEN_S='2') as server:
+    with running_server(bundle, API_DATABASE_URL=url, API_USERNAME='', API_PASSWORD='', API_TOKEN_S='20') as server:
         ask = lambda method,path,auth,**kw: httpx.request(method, server.url+path, headers={'Authorization': auth}, timeout=30, **kw).status_code
-        login = lambda name,password='correct horse battery': httpx.post(server.url+'/token', data=dict(username=name, password=password))
+        login = lambda name,password='correct horse battery': httpx.post(server.url+'/token', data=dict(username=name, password=password), timeout=30)
         for role in ('predict', 'review', 'admin'):
             assert login(role, 'wrong').status_code == 401
-            token = login(role).json()
-            assert token['role'] == role and token['token_type'] == 'bearer' and token['expires_in'] == 2
+            r = login(role)
+            assert r.status_code == 200, r.text
+            token = r.json()
+            assert token['role'] == role and token['token_type'] == 'bearer' and token['expires_in'] == 20
             for auth in (basic(role, 'correct horse battery'), 'Bearer '+token['access_token']):
                 assert ask('POST', '/predict', auth, json={'designation': 'x'}) == 200
                 assert ask('GET', '/review', auth) == (403 if role == 'predict' else 200)
@@ -332,7 +335,7 @@ def test_roles_and_tokens(bundle, tmp_path):
         none = base64.urlsafe_b64encode(b'{"alg":"none","typ":"JWT"}').decode().rstrip('=')
         for forged in (f'{head}.{body}.{sign[::-1]}', f'Bearer {none}.{body}.', 'Bearer x', 'Bearer ', f'{head}.{body}'):
             assert ask('GET', '/version', forged) == 401
-        time.sleep(3)
+        time.sleep(20.5)
         assert ask('GET', '/version', token) == 401
         store.drop_user('review'); time.sleep(6)
         assert ask('GET', '/review', basic('review', 'correct horse battery')) == 401
@@ -362,7 +365,7 @@ def test_f26_f27_limits_and_pages(bundle):
 def test_feedback_and_review(bundle):
     "What waits is asked for in order of use, is corrected once, and comes back while reviewers disagree."
     with running_server(bundle) as server, server.http() as http:
-        sent = [http.post('/predict', json={'designation': f'Livre de poche {i}', 'image': picture()}).json() for i in range(12)]
+        sent = [http.post('/predict', json={k: g[k] for k in ('designation', 'description', 'image')}).json() for g in read_golden(bundle)]
         waits = [a for a in sent if a['lane'] == 'review']
         assert len(waits) > 3, [a['lane'] for a in sent]
         queue = http.get('/review?limit=100').json()
@@ -370,9 +373,9 @@ def test_feedback_and_review(bundle):
         margin = lambda i: i['top_k'][0]['probability']-i['top_k'][1]['probability']
         assert [margin(i) for i in queue['items']] == sorted(margin(i) for i in queue['items'])
         first = queue['items'][0]
-        assert first['has_image'] and first['designation'].startswith('Livre')
+        assert first['has_image'] and first['designation'] in {g['designation'] for g in read_golden(bundle)}
         image = http.get(f"/review/{first['prediction_id']}/image")
-        assert image.headers['content-type'] == 'image/jpeg' and Image.open(io.BytesIO(image.content)).size == (60, 80)
+        assert image.headers['content-type'] == 'image/jpeg' and max(Image.open(io.BytesIO(image.content)).size) > 30
         say = lambda code,**kw: http.post('/feedback', json=dict(prediction_id=first['prediction_id'], prdtypecode=code, **kw))
         want = dict(prediction_id=first['prediction_id'], prdtypecode=10, reviewer=USER, verdict=10, conflict=False)
         assert {k: v for k,v in say(10).json().items() if k in want} == want
@@ -424,7 +427,7 @@ def test_f31_no_secrets_in_the_repository():
     import re
     shapes = [r'AKIA[0-9A-Z]{16}', r'-----BEGIN [A-Z ]*PRIVATE KEY', r'ghp_[0-9A-Za-z]{36}', r'hf_[0-9A-Za-z]{34}', r'eyJhbGciOi[\w-]{10,}\.[\w-]{20,}\.',
               r'sk-[0-9A-Za-z]{32}',
-              r'ya29\.[\w-]{20,}', r'(?im)^[ \t]*(?:export )?API_(?:PASSWORD|SECRET)=(?!["\']?\$|["\']?<)\S+']
+              r'ya29\.[\w-]{20,}', r'(?im:^[ \t]*(?:export )?API_(?:PASSWORD|SECRET)=(?!["\']?\$|["\']?<|\.\.\.)\S+)']
     files = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(files) > 100 and '.env' not in files
     found = {f: m.group()[:20] for f in files if (ROOT/f).is_file() for m in [re.search('|'.join(shapes).encode(), (ROOT/f).read_bytes())] if m}

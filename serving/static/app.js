@@ -32,7 +32,7 @@ async function enter() {
 function go() {
   const page = route();
   if (page === 'review') review.show();
-  else $(page === 'predict' ? 'designation' : 'user').focus({preventScroll: true});
+  else $(page === 'predict' ? 'designation' : $('user').value ? 'password' : 'user').focus({preventScroll: true});
 }
 
 function leave(message, kind) {
