@@ -515,6 +515,7 @@ def swap(bench:Bench)->dict:
     promote(old)
     names = [f'rakuten-mm/{v}' for v in (old, new)]
     with bench.serve('models:/rakuten-mm@champion', API_POLL_S='1') as ours:
+        bench.load(ours.port, 'closed', clients=16, count=64)
         process = bench.start(ours.port, 'closed', clients=16, versions=True, seconds=60, settle_s=3)
         time.sleep(2 if bench.quick else 5)
         moved = time.monotonic(); promote(new)
@@ -576,7 +577,8 @@ def run(work:Path, args)->dict:
     with ExitStack() as stack:
         if {'speed', 'steady', 'overload'} & set(parts):
             ours = stack.enter_context(bench.serve(bundle))
-            out |= dict(server_ready_s=ours.seconds, server_ready_cpu_s=ours.cpu_s, first_ms=bench.load(ours.port, 'closed', clients=CLIENTS, count=CLIENTS)['records'].ms.max())
+            first = bench.load(ours.port, 'closed', clients=CLIENTS, count=CLIENTS)['records']
+            out |= dict(server_ready_s=ours.seconds, server_ready_cpu_s=ours.cpu_s, first_ms=float(first.ms.max()))
             bench.full(ours.port, 1.)
         if 'speed' in parts: say('speed'); out |= speed(bench, ours)
         if {'steady', 'overload'} & set(parts):

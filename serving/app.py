@@ -43,7 +43,7 @@ from serving.schema import (
     Token,
     Version,
 )
-from serving.store import Store, verdict
+from serving.store import Store, verdict, votes
 
 STATIC = Path(__file__).parent/'static'
 
@@ -201,7 +201,7 @@ def people(app:FastAPI, service:Service, access:Access):
         except KeyError: raise Refused(404, 'no such prediction', field='prediction_id') from None
         final = verdict(all_of_it)
         return FeedbackResponse(feedback_id=new.id, prediction_id=f.prediction_id, **said([new])[0].model_dump(), verdict=final,
-                                conflict=len({c.prdtypecode for c in all_of_it}) > 1)
+                                conflict=len(votes(all_of_it)) > 1)
 
     @app.get('/review', tags=['review'], summary='Listings that wait for a person, those that are most useful to correct first')
     async def review(request:Request, limit:Annotated[int, Query(ge=1, le=100)] = 20)->ReviewResponse:

@@ -28,7 +28,7 @@ class ServeConfig:
     cache:int = setting(0, 'Answers that are remembered; 0 for none')
     rate:str = setting('6000/minute', 'Requests that a user may make')
     failed_logins:str = setting('30/minute', 'Wrong credentials that an address may send')
-    token_s:int = setting(900, 'Seconds that a bearer token is good for')
+    token_s:int = setting(3600, 'Seconds that a bearer token is good for')
     secret:str = setting('', 'Key that signs bearer tokens; random if empty, and tokens end with the process')
     open_pages:str = setting('docs', f'Pages that need no credentials, of {", ".join(PAGES)}, separated by commas; /health, /ready and / are always open')
     database_url:str = setting('', 'Where answers and corrections are kept; SQLite in artifacts/feedback.db if empty')

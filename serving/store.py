@@ -95,12 +95,17 @@ def open_database(
     return engine
 
 
-def verdict(
+def votes(
     corrections:Iterable[Feedback], # Of one prediction, oldest first
-)->int|None:
-    "The category with the most votes, the last of each reviewer; None if there is no single one."
-    votes = Counter({c.reviewer: c.prdtypecode for c in corrections}.values()).most_common(2)
-    return votes[0][0] if votes and (len(votes) == 1 or votes[0][1] > votes[1][1]) else None
+)->Counter: # Reviewers by category
+    "What reviewers say, the last word of each."
+    return Counter({c.reviewer: c.prdtypecode for c in corrections}.values())
+
+
+def verdict(corrections:Iterable[Feedback])->int|None:
+    "The category with the most votes; None if there is no single one."
+    first = votes(corrections).most_common(2)
+    return first[0][0] if first and (len(first) == 1 or first[0][1] > first[1][1]) else None
 
 
 class Store:
