@@ -17,7 +17,8 @@ overload  the same at ten times the capacity: answers by status, `overload_other
           (`overload_late_ms`), `shed_sent_ms` without that; `overload_p99_ratio`: p99 of requests answered over that of 32 clients at capacity,
           `overload_p99_ratio_full` over that of as many clients as there are places; `recovery_s`: from the end of the burst until a single
           request, asked again and again, is answered within 1.5 times its normal latency three times running. The client cannot always send
-          that many beside the server: `overload_factor` is what it did send, over the capacity
+          that many beside the server: `overload_factor` is what it did send, over the capacity; `overload_goodput` is what was answered
+          meanwhile, over the capacity
 memory    `rss_growth`: resident bytes of all processes of the server after 10,000 requests over those after the first 1,000, less 1; one request
           in ten has a picture
 idle      `idle_cpu`: share of one core that all processes of the server take while nobody asks, following an alias of the registry
@@ -28,7 +29,9 @@ What `vs_fastapi` compares with (`PLAIN` below) is what a competent developer wr
 endpoint in FastAPI's thread pool, HTTP Basic, the listing cleaned and its picture decoded with Pillow by the same code as here, one listing a
 call, and the bundle's weights in PyTorch as it comes, with PyTorch's own number of threads. It records nothing and limits nothing.
 
-`first_ms` is the slowest of 32 requests that are the first, and come at once; they do not count elsewhere.
+For every kind of server (of a `bundle`, of the `champion`, of the `quick_champion` that looks at the registry every second):
+`_ready_s` and `_ready_cpu_s` until it is ready; `_first_ms`, the slowest of 32 requests that are its first, and come at once; they do not count
+elsewhere. With --quick, one server does for all parts.
 """
 import argparse
 import asyncio
@@ -50,7 +53,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -59,6 +62,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PARTS = 'speed', 'steady', 'overload', 'memory', 'idle', 'swap'
+PLAN = [('bundle', PARTS[:3]), ('bundle', ['memory']), ('champion', ['idle']), ('quick_champion', ['swap'])] # A server for each, and its parts
+PLAN_QUICK = [('quick_champion', PARTS)]
 CLIENTS,LINKS = 32, 512
 BARS = dict(overhead_ms='<= 10', p99_over_p50='<= 3', overload_other='= 0', shed_ms='<= 50', recovery_s='<= 2', rss_growth='<= 0.05', idle_cpu='< 0.1',
             swap_failed_requests='= 0', swap_went_back='= 0')
@@ -209,7 +214,7 @@ class Client:
             if due > begin+seconds: break
             await asyncio.sleep(max(due-time.monotonic(), 0))
             tasks.add(t := asyncio.create_task(one(i, due))); t.add_done_callback(tasks.discard)
-        out = dict(wall_s=time.monotonic()-begin, cpu_s=time.process_time()-cpu)
+        out = dict(end=begin+seconds, wall_s=time.monotonic()-begin, cpu_s=time.process_time()-cpu)
         if tasks: await asyncio.gather(*tasks)
         while not slots.empty():
             if link := slots.get_nowait(): link.transport.close()
@@ -302,6 +307,19 @@ class Bench:
         from rakuten_mm.predictor import Predictor
         return Predictor.load(self.bundle)
 
+    @cached_property
+    def versions(self)->list[int]:
+        "The bundle, registered twice."
+        from rakuten_mm.tracking import register_bundle, tracked_run
+        def register():
+            with tracked_run() as run: return register_bundle(run, self.bundle)
+        return [register(), register()]
+
+    def promote(self, i:int):
+        "Let the alias point at one of `versions`."
+        from rakuten_mm.tracking import MODEL, mlflow_client
+        mlflow_client().set_registered_model_alias(MODEL, 'champion', self.versions[i])
+
     def requests(self, name:str, rows)->Path:
         "A file of request bodies."
         body = lambda d,t,b: json.dumps(dict(designation=d, description=t) | (dict(image=base64.b64encode(b).decode()) if b else {})).encode()
@@ -310,6 +328,10 @@ class Bench:
         return path
 
     def serve(self, model, **env): return self.running([sys.executable, '-m', 'rakuten_mm', 'serve', '--model', str(model)], 0, **env)
+
+    def champion(self, **env):
+        self.promote(0)
+        return self.serve('models:/rakuten-mm@champion', **env)
 
     def plain(self): return self.running([sys.executable, '-m', 'uvicorn', 'plain:app', '--app-dir', str(self.work)], -signal.SIGTERM)
 
@@ -444,15 +466,14 @@ def overload(bench:Bench, ours:Served, capacity:dict)->dict:
     from serving.config import ServeConfig
     full,runs = bench.full(ours.port, 2.5 if bench.quick else 10., ServeConfig().max_in_flight), []
     for seed in range(1 if bench.quick else 3):
-        before = tree_cpu(ours.pid)
-        runs.append(bench.load(ours.port, 'burst', rate=10*capacity['per_s'], seconds=4. if bench.quick else 10., seed=seed) | dict(server=0.))
-        runs[-1]['server'] = tree_cpu(ours.pid)-before
+        runs.append(bench.load(ours.port, 'burst', rate=10*capacity['per_s'], seconds=4. if bench.quick else 10., seed=seed))
         counts = dict(sorted(Counter(runs[-1]['records'].status.tolist()).items()))
         say(f"  {runs[-1]['arrived']} arrivals, {runs[-1]['unsent']} not sent; by status {counts}; recovered after {runs[-1]['recovery_s']} s")
         time.sleep(2)
     df = pd.concat([r['records'] for r in runs])
     counts,wall = Counter(df.status.tolist()), sum(r['wall_s'] for r in runs)
     fine,shed = df[df.status == 200], df[df.status == 503]
+    meanwhile = sum(int(((r['records'].status == 200) & (r['records'].ended <= r['end'])).sum()) for r in runs)
     recovery = [r['recovery_s'] for r in runs]
     page = httpx.get(f'http://127.0.0.1:{ours.port}/metrics', auth=(bench.user, bench.password), timeout=30).raise_for_status().text
     figure = lambda name: float(re.search(rf'^{name} (\S+)$', page, re.M)[1])
@@ -461,13 +482,13 @@ def overload(bench:Bench, ours:Served, capacity:dict)->dict:
                 shed_ms=quantile(shed.ms, .99), shed_sent_ms=quantile(1e3*(shed.ended-shed.sent), .99), shed_p50_ms=quantile(shed.ms, .5),
                 overload_late_ms=quantile(1e3*(df.sent-df.due), .99), overload_p99_ratio=quantile(fine.ms, .99)/capacity['p99'],
                 overload_p99_ratio_full=quantile(fine.ms, .99)/full['p99'], overload_p99_ms=quantile(fine.ms, .99), capacity_p99_ms=capacity['p99'],
-                full_p99_ms=full['p99'], overload_goodput=len(fine)/wall/capacity['per_s'], overload_factor=len(df)/wall/capacity['per_s'],
+                full_p99_ms=full['p99'], overload_goodput=meanwhile/wall/capacity['per_s'], overload_factor=len(df)/wall/capacity['per_s'],
                 overload_client_cpu_share=sum(r['cpu_s'] for r in runs)/wall/bench.cores, overload_unsent=sum(r['unsent'] for r in runs),
                 recovery_s=None if None in recovery else max(recovery), recovery_usual_ms=statistics.median(r['usual_ms'] for r in runs),
                 worker_restarts=figure('rakuten_worker_restarts_total'), unrecorded_answers=figure('rakuten_unrecorded_answers'))
 
 
-def memory(bench:Bench)->dict:
+def memory(bench:Bench, ours:Served)->dict:
     "Resident bytes as requests go by."
     from bench_inference import listings
     from bench_ingestion import tree_rss
@@ -476,50 +497,33 @@ def memory(bench:Bench)->dict:
     bodies = bench.requests('mixed', ((t, d, next(pictures)[2] if i%10 == 0 else None) for i,(t,d) in enumerate(zip(*listings(total), strict=True))))
     seen = []
     def rss(): time.sleep(.2); return tree_rss(ours.pid)/1e6
-    with bench.serve(bench.bundle) as ours:
-        seen.append(rss())
-        for start in range(0, total, step):
-            df = bench.load(ours.port, 'closed', bodies=bodies, start=start, clients=16, count=step)['records']
-            if (df.status != 200).any(): raise SystemExit(f'memory: answers by status {Counter(df.status.tolist())}')
-            time.sleep(1); seen.append(statistics.median(rss() for _ in range(5)))
-            say(f'  {start+step} requests: {seen[-1]:.1f} MB')
+    seen.append(rss())
+    for start in range(0, total, step):
+        df = bench.load(ours.port, 'closed', bodies=bodies, start=start, clients=16, count=step)['records']
+        if (df.status != 200).any(): raise SystemExit(f'memory: answers by status {Counter(df.status.tolist())}')
+        time.sleep(1); seen.append(statistics.median(rss() for _ in range(5)))
+        say(f'  {start+step} requests: {seen[-1]:.1f} MB')
     return dict(rss_growth=seen[-1]/seen[1]-1, rss_mb=seen)
 
 
-def register(bench:Bench, name:str)->int:
-    "The bundle as another version of the registry."
-    from rakuten_mm.tracking import register_bundle, tracked_run
-    with tracked_run(name=name) as run: return register_bundle(run, bench.bundle)
-
-
-def promote(version:int):
-    from rakuten_mm.tracking import MODEL, mlflow_client
-    mlflow_client().set_registered_model_alias(MODEL, 'champion', version)
-
-
-def idle(bench:Bench)->dict:
+def idle(bench:Bench, ours:Served)->dict:
     "CPU time while nobody asks."
-    promote(register(bench, 'idle'))
-    with bench.serve('models:/rakuten-mm@champion') as ours:
-        bench.load(ours.port, 'closed', clients=4, count=32)
-        time.sleep(3 if bench.quick else 10)
-        begin,before = time.monotonic(), [(p, cpu(p)) for p in tree(ours.pid)]
-        time.sleep(6 if bench.quick else 20)
-        each = [(cpu(p)-was)/(time.monotonic()-begin) for p,was in before]
-    return dict(idle_cpu=sum(each), idle_cpu_each=[round(x, 4) for x in each], ready_champion_s=ours.seconds)
+    bench.load(ours.port, 'closed', clients=4, count=32)
+    time.sleep(2 if bench.quick else 10)
+    begin,before = time.monotonic(), [(p, cpu(p)) for p in tree(ours.pid)]
+    time.sleep(5 if bench.quick else 20)
+    each = [(cpu(p)-was)/(time.monotonic()-begin) for p,was in before]
+    return dict(idle_cpu=sum(each), idle_cpu_each=[round(x, 4) for x in each])
 
 
-def swap(bench:Bench)->dict:
-    "Another champion while clients ask."
-    old,new = register(bench, 'old'), register(bench, 'new')
-    promote(old)
-    names = [f'rakuten-mm/{v}' for v in (old, new)]
-    with bench.serve('models:/rakuten-mm@champion', API_POLL_S='1') as ours:
-        bench.load(ours.port, 'closed', clients=16, count=64)
-        process = bench.start(ours.port, 'closed', clients=16, versions=True, seconds=60, settle_s=3)
-        time.sleep(2 if bench.quick else 5)
-        moved = time.monotonic(); promote(new)
-        df = bench.finish(process)['records']
+def swap(bench:Bench, ours:Served)->dict:
+    "Another champion while clients ask; the server must look at the registry every second."
+    names = [f'rakuten-mm/{v}' for v in bench.versions]
+    bench.load(ours.port, 'closed', clients=16, count=64)
+    process = bench.start(ours.port, 'closed', clients=16, versions=True, seconds=60, settle_s=3)
+    time.sleep(2 if bench.quick else 5)
+    moved = time.monotonic(); bench.promote(1)
+    df = bench.finish(process)['records']
     counts,fine = Counter(df.version.tolist()), df[df.status == 200]
     first,before = fine.ended[fine.version == names[1]].min(), fine[fine.ended < moved]
     during = fine[(fine.ended >= moved) & (fine.ended < first)]
@@ -535,6 +539,9 @@ def rows_for(work:Path, image_size:int, n:int)->list[tuple]:
     raw = synthesize(work/'requests', n, n_test=0, seed=0, image_size=image_size, progress=False)
     files = [(r, raw/'images'/'image_train'/image_name(r.imageid, r.productid)) for r in read_listings(raw/'X_train_update.csv').itertuples()]
     return [(r.designation, r.description, f.read_bytes()) for r,f in files if f.exists()]
+
+
+RUN = dict(speed=speed, steady=steady, overload=overload, memory=memory, idle=idle, swap=swap)
 
 
 def main():
@@ -565,7 +572,7 @@ def run(work:Path, args)->dict:
     os.environ['RAKUTEN_MM_ARTIFACTS'] = str(work/'artifacts')
     load_environment('no.env')
     torch.set_num_threads(args.cores)
-    size,n,parts = (250, 64, args.only or PARTS) if args.quick else (500, 256, args.only or PARTS)
+    (size,n),parts,capacity = (250, 64) if args.quick else (500, 256), args.only or PARTS, {}
     if args.bundle: bundle,rows = args.bundle.resolve(), rows_for(work, size, n+n//2)
     else:
         from bench_inference import make_bundle
@@ -574,21 +581,18 @@ def run(work:Path, args)->dict:
     bench = Bench(work, bundle, rows[:n], args.quick, args.cores)
     out = dict(cores=n_threads(), quick=args.quick, picture_px=size, request_kb=statistics.median(len(b)*4/3e3 for _,_,b in bench.rows),
                image_runtime=json.loads((bundle/'config.json').read_text())['info']['runtime'].get('image'))
-    with ExitStack() as stack:
-        if {'speed', 'steady', 'overload'} & set(parts):
-            ours = stack.enter_context(bench.serve(bundle))
+    for kind,some in PLAN_QUICK if args.quick else PLAN:
+        if not (some := [p for p in some if p in parts]): continue
+        say(f'starting a server for {", ".join(some)}')
+        with bench.serve(bundle) if kind == 'bundle' else bench.champion(**{'API_POLL_S': '1'} if kind == 'quick_champion' else {}) as ours:
             first = bench.load(ours.port, 'closed', clients=CLIENTS, count=CLIENTS)['records']
-            out |= dict(server_ready_s=ours.seconds, server_ready_cpu_s=ours.cpu_s, first_ms=float(first.ms.max()))
+            out |= {f'{kind}_ready_s': ours.seconds, f'{kind}_ready_cpu_s': ours.cpu_s, f'{kind}_first_ms': float(first.ms.max())}
             bench.full(ours.port, 1.)
-        if 'speed' in parts: say('speed'); out |= speed(bench, ours)
-        if {'steady', 'overload'} & set(parts):
-            say('capacity')
-            capacity = bench.full(ours.port, 3. if args.quick else 15.)
-            out['capacity_per_s'] = capacity['per_s']
-        if 'steady' in parts: say('steady load'); out |= steady(bench, ours, capacity)
-        if 'overload' in parts: say('overload'); out |= overload(bench, ours, capacity)
-    for name,part in dict(memory=memory, idle=idle, swap=swap).items():
-        if name in parts: say(name); out |= part(bench)
+            for part in some:
+                say(part)
+                if part not in ('steady', 'overload'): out |= RUN[part](bench, ours); continue
+                if not capacity: capacity.update(bench.full(ours.port, 3. if args.quick else 15.)); out['capacity_per_s'] = capacity['per_s']
+                out |= RUN[part](bench, ours, capacity)
     return out
 
 

@@ -34,7 +34,7 @@ class Engine:
         self.launch,self.hang_s,self.restart_s = launch,hang_s,restart_s
         self.waiting,self.ids,self.ready,self.version = {}, count(1), False, ''
         self.process = self.pipe = None
-        self.closing,self.failures,self.born,self.epoch,self.why = False, 0, 0., 0, ''
+        self.closing,self.failures,self.born,self.busy,self.epoch,self.why = False, 0, 0., None, 0, ''  # `busy`: since when, if it is
         self.sender = ThreadPoolExecutor(1, 'sender')
 
     async def start(self):
@@ -50,7 +50,7 @@ class Engine:
         ctx = mp.get_context('spawn')
         inbox,self.pipe = ctx.Pipe(False)
         results,outbox = ctx.Pipe(False)
-        self.epoch += 1; self.born = time.monotonic()
+        self.epoch += 1; self.born,self.busy = time.monotonic(), None
         self.process = self.launch(inbox, PipeTransport(outbox))
         inbox.close(); outbox.close()  # only the worker holds them now, so its end is the pipe's end
         metrics.watch_process(self.process.pid)
@@ -73,11 +73,11 @@ class Engine:
                 self.came.set()
                 for w in list(self.waiting.values()): self._send(w)
             case 'start', uids:
-                now = time.monotonic()
+                now = self.busy = time.monotonic()
                 for u in uids:
                     if w := self.waiting.get(u): w.started = now; metrics.QUEUE.observe(now-w.sent)
             case 'done', answers, seconds:
-                if seconds: metrics.BATCH.observe(len(answers)); metrics.MODEL.observe(seconds)
+                if seconds: self.busy = None; metrics.BATCH.observe(len(answers)); metrics.MODEL.observe(seconds)
                 for u,version,answer in answers:
                     if (w := self.waiting.get(u)) and not w.future.done(): w.future.set_result((version, answer))
             case 'failed', why: self.why = why; log.error(why)
@@ -109,7 +109,7 @@ class Engine:
         while True:
             await asyncio.sleep(.25)
             now = time.monotonic()
-            hung = any(w.started and now-w.started > self.hang_s for w in self.waiting.values()) if self.ready else now-self.born > self.restart_s
+            hung = (self.busy and now-self.busy > self.hang_s) if self.ready else now-self.born > self.restart_s
             if hung and self.process.is_alive(): log.error('the worker hangs; it is ended'); self.ready = False; self.process.kill()
 
     def _send(self, w:Waiting):

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -313,11 +314,12 @@ def test_f22_registry_down(registry, bundle, tmp_path):
     database = registry.home/'mlflow.db'
     with running_server('models:/rakuten-mm@champion', **env) as server:
         until(lambda: (registry.home/'models'/'rakuten-mm-champion.json').exists())
-        database.rename(registry.home/'away.db'); database.mkdir()  # cannot be opened
+        lock = sqlite3.connect(database, isolation_level=None)
+        lock.execute('BEGIN EXCLUSIVE')  # nobody else can read
         try:
             until(lambda: httpx.get(server.url+'/ready').json()['status'] == 'degraded')
             assert ask(server).json()['model_version'] == f'rakuten-mm/{version}'
-        finally: database.rmdir(); (registry.home/'away.db').rename(database)
+        finally: lock.rollback(); lock.close()
         until(lambda: httpx.get(server.url+'/ready').json()['status'] == 'ready')
     down = f'http://127.0.0.1:{free_port(0)}'
     with running_server('models:/rakuten-mm@champion', MLFLOW_TRACKING_URI=down, **env) as server:
