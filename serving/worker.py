@@ -3,6 +3,7 @@
 LitServe's own loop fails a whole batch for one bad item, polls while it is idle, and cannot take another model. This one collects
 what is there, prepares pictures in parallel, answers each listing on its own terms, and changes models between two batches.
 """
+import base64
 import math
 import os
 import queue
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -99,17 +101,20 @@ class MicroBatches(LitLoop):
             if not jobs: continue
             transport.send(('start', [j.uid for j in jobs]))
             start,version = time.monotonic(), lit_api.version
-            x = list(pool.map(lit_api.decode_request, [j.payload for j in jobs]))
+            x = list(pool.map(partial(self.careful, lit_api.decode_request), [j.payload for j in jobs]))
             out = [lit_api.encode_response(y) for y in lit_api.predict(x)]
             transport.send(('done', [(j.uid, version, y) for j,y in zip(jobs, out, strict=True)], time.monotonic()-start))
             lit_api.compare(x, out, side, transport.send)
 
     @staticmethod
-    def apart(transport, job:Job, f:Callable, *args):
-        "Do something slow beside the batches."
-        try: out = f(job.payload, *args)
-        except Exception as e: out = Problem(500, 'internal_error', f'{type(e).__name__} in the worker')
-        transport.send(('done', [(job.uid, args[0].version, out)], 0.))
+    def careful(f:Callable, *args):
+        "What `f` gives, or that it failed."
+        try: return f(*args)
+        except Exception as e: return Problem(500, 'internal_error', f'{type(e).__name__} in the worker')
+
+    def apart(self, transport, job:Job, explain:Callable, model:Predictor):
+        "Explain beside the batches."
+        transport.send(('done', [(job.uid, model.version, self.careful(explain, job.payload, model))], 0.))
 
     @staticmethod
     def load(lit_api, transport, job:Job, wake:Callable):
@@ -163,12 +168,10 @@ class ProductAPI(ls.LitAPI):
     @staticmethod
     def prepare(model:Predictor, p:dict)->Prepared|Problem:
         "A listing cleaned and decoded, or what is wrong with it."
-        import base64
         image = base64.b64decode(p['image']) if isinstance(p['image'], str) else p['image']
         try: return model.prepare(p['designation'], p['description'] or '', image)
         except InvalidImage as e: return Problem(422, 'invalid_image', str(e), 'image')
         except ValueError as e: return Problem(422, 'nothing_to_classify', str(e), 'designation')
-        except Exception as e: return Problem(500, 'internal_error', f'{type(e).__name__} while the listing was read')
 
     @staticmethod
     def answer(model:Predictor, items:list[Prepared|Problem])->list[Prediction|Problem]:

@@ -415,7 +415,8 @@ def test_cache_remembers_answers(bundle):
 @pytest.mark.filterwarnings('ignore')
 def test_schemathesis(server, tmp_path):
     "What the documentation promises, asked for in hundreds of strange ways."
-    res = subprocess.run([sys.executable, '-m', 'schemathesis.cli', 'run', f'{server.url}/openapi.json', '--checks', 'all', '--max-examples', '25',
+    res = subprocess.run([sys.executable, '-m', 'schemathesis.cli', '--config-file', str(ROOT/'tests'/'schemathesis.toml'),
+                          'run', f'{server.url}/openapi.json', '--checks', 'all', '--max-examples', '25',
                           '--phases', 'examples,coverage,fuzzing', '-H', f'Authorization: {basic(USER, PASSWORD)}', '--workers', '1', '--seed', '1',
                           '--request-timeout', '30', '--no-color'],
                          capture_output=True, text=True, cwd=tmp_path, timeout=500)
