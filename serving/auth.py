@@ -1,7 +1,7 @@
 """Who asks, and what they may do.
 
 HTTP Basic and OAuth 2 bearer tokens name a user of the database, or the one of the environment. Passwords of the database are hashed
-with Argon2, which is slow on purpose, so a pair that was right is remembered for a minute, under a key that no other process knows.
+with Argon2, which is slow on purpose, so a pair that was right is remembered for five minutes, under a key that no other process knows.
 """
 import asyncio
 import base64
@@ -71,7 +71,7 @@ class Access:
         self.nobody = hasher.hash(secrets.token_hex(16))  # a stranger's password is checked against it, which takes as long
         self.limiter = FixedWindowRateLimiter(MemoryStorage())
         self.rate,self.failed = parse(cfg.rate), parse(cfg.failed_logins)
-        self.right,self.known,self.read = {}, {}, -1e9
+        self.right,self.asked,self.known,self.read = {}, {}, {}, -1e9
         if not user and not self.users():
             raise MissingPassword('set API_USERNAME and API_PASSWORD in the environment or in .env, or add a user with `rakuten-mm users add`; '
                                   'the API does not start without')
@@ -124,13 +124,20 @@ class Access:
         until,was,who = self.right.get(seen, (0, '', None))
         if until > time.monotonic() and was == stored: return who
         self.limit(self.failed, 'failed', client, message='too many wrong credentials', test=True)
-        right = len(password) <= 1024 and await asyncio.to_thread(self.verify, stored, password)
         if self.user and hmac.compare_digest(pair, self.own): who = Who(self.user, 'admin')
-        elif right and known: who = Who(known.name, known.role)
+        elif await self.verified(seen, stored, password) and known: who = Who(known.name, known.role)
         else: return None
         if len(self.right) > 1000: self.right.clear()
-        self.right[seen] = (time.monotonic()+60, stored, who)
+        self.right[seen] = (time.monotonic()+300, stored, who)
         return who
+
+    async def verified(self, seen:bytes, stored:str, password:bytes)->bool:
+        "Whether the password is right; requests that ask the same at one time wait for one answer."
+        if len(password) > 1024: return False
+        if seen not in self.asked:
+            self.asked[seen] = asyncio.ensure_future(asyncio.to_thread(self.verify, stored, password))
+            self.asked[seen].add_done_callback(lambda _: self.asked.pop(seen, None))
+        return await asyncio.shield(self.asked[seen])
 
     @staticmethod
     def verify(stored:str, password:bytes)->bool:

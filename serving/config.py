@@ -19,7 +19,7 @@ class ServeConfig:
     timeout_s:float = setting(10., 'A request that took so many seconds gets 504, or 408 if its body had not arrived')
     max_in_flight:int = setting(64, 'Listings that are worked on or wait at one time; one more gets 503')
     batch_size:int = setting(16, 'Most listings that the model sees at once')
-    batch_wait_ms:float = setting(2., 'How long a listing may wait for company while the model is idle')
+    batch_wait_ms:float = setting(1., 'How long a listing may wait for company while the model is idle')
     threads:int = setting(0, 'Threads of the model; 0 takes every core this process may use')
     poll_s:float = setting(5., 'Seconds between two looks at the registry')
     load_timeout_s:float = setting(60., 'A new model that is not ready after so many seconds is not served')

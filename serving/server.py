@@ -104,6 +104,7 @@ def serve(
 ):
     "Serve until SIGTERM or Ctrl+C; a server that cannot start exits with 1 and one line."
     load_environment()
+    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # threads of the worker that wait would spin on the core that the front needs
     log_as_json()
     try: server = make_server(model)
     except (MissingPassword, ValueError, OSError, BundleError) as e: sys.exit(f'rakuten-mm: {e}')
