@@ -9,7 +9,8 @@ __all__ = ['psi', 'Diff', 'diff', 'write_csv']
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
-from .dataset import Dataset, write_atomic
+from .dataset import Dataset
+from .seal import write_atomic
 
 # %% ../nbs/lib/08d_diff.ipynb #ef1d0441
 def psi(

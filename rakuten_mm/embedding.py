@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, pyarrow as pa, torch
 from fastcore.basics import patch
 from tqdm import tqdm
-from .dataset import write_atomic
+from .seal import write_atomic
 from .image import InvalidImage, load_square
 
 # %% ../nbs/lib/10_embedding.ipynb #42666505

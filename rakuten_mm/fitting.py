@@ -16,10 +16,11 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, MLFlowLogger
 from .batches import ProductDataset
-from .bundle import file_hashes, load_bundle
+from .bundle import load_bundle
 from .classifier import ProductClassifier
 from .config import TrainConfig, artifacts_dir, graphs_dir, n_threads
-from .dataset import Dataset, write_atomic
+from .dataset import Dataset
+from .seal import file_hashes, write_atomic
 from .datamodule import ProductDataModule, holds_out, training_rows
 from .embedding import fast_dtype
 from .metrics import check_learnt, scores

@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 # %% ../nbs/lib/08c_ingestion.ipynb #9479d428
-from .dataset import Dataset, publish, sha256_file
+from .dataset import Dataset, publish
+from .seal import sha256_file
 from .facts import Checker, FactStore
 from .fingerprint import duplicate_groups
 from .intake import Books, Delivery, check_share, find_delivery, make_receipt, read_labels, read_listings_of, with_facts

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
-from .dataset import sha256_file
+from .seal import sha256_file
 from .facts import Checker, start_check
 from .schema import (QUARANTINE, REASONS, X_COLUMNS, RawDataError, find_one, image_name, image_schema,
                                label_schema, listing_schema, once, read_chunks, validate)

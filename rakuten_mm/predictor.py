@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from tqdm import tqdm
-from .bundle import load_bundle, seal
+from .bundle import load_bundle
+from .seal import seal
 from .batches import ProductDataset, blank
 from .image import decode_image, to_square
 from .metrics import scores

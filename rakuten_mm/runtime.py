@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, onnxruntime, torch
 from torch import nn
 from .config import n_threads
-from .dataset import write_atomic
+from .seal import write_atomic
 from .encoders import HFEncoder, ImageEncoder, encoder_fingerprint
 from .graphs import batches, export_onnx, int8_graph
 

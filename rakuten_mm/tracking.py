@@ -14,7 +14,7 @@ from pathlib import Path
 import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from .bundle import verify
+from .seal import verify
 from .config import TrainConfig, artifacts_dir
 
 # %% ../nbs/lib/17_tracking.ipynb #520be9e5

@@ -90,7 +90,7 @@ class BatchRequest(BaseModel):
     model_config = ConfigDict(extra='forbid', allow_inf_nan=False, json_schema_extra={'examples': [
         {'products': [{'designation': 'Robot de piscine'}, {'designation': 'Lot de 3 romans policiers'}]}]})
     products:Annotated[list, WithJsonSchema({'type': 'array', 'minItems': 1, 'maxItems': MAX_BATCH,
-                                             'items': {'$ref': '#/components/schemas/PredictRequest'}})] = Field(min_length=1)
+                                             'items': {'anyOf': [{'$ref': '#/components/schemas/PredictRequest'}, {}]}})] = Field(min_length=1)
 
 
 class BatchItem(BaseModel):

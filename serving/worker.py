@@ -3,8 +3,6 @@
 LitServe's own loop fails a whole batch for one bad item, polls while it is idle, and cannot take another model. This one collects
 what is there, prepares pictures in parallel, answers each listing on its own terms, and changes models between two batches.
 """
-import base64
-import math
 import os
 import queue
 import signal
@@ -18,14 +16,10 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import litserve as ls
-import numpy as np
-import torch
 from litserve.loops.base import LitLoop
 from litserve.transport.base import MessageTransport
 
 from rakuten_mm.config import n_threads
-from rakuten_mm.image import InvalidImage
-from rakuten_mm.predictor import Prediction, Predictor, Prepared, read_golden
 
 
 class Job(NamedTuple):
@@ -95,7 +89,7 @@ class MicroBatches(LitLoop):
             jobs = [j for j in inbox.take(self.batch_size, self.wait_s) if j]
             lit_api.change_model(transport.send)
             for j in jobs:
-                if j.op == 'explain': side.submit(self.apart, transport, j, lit_api.explain, lit_api.model)
+                if j.op == 'explain': side.submit(self.apart, transport, j, lit_api.model)
                 if j.op in ('load', 'shadow'): threading.Thread(target=self.load, args=(lit_api, transport, j, inbox.jobs.put), daemon=True).start()
             jobs = [j for j in jobs if j.op == 'predict']
             if not jobs: continue
@@ -112,14 +106,14 @@ class MicroBatches(LitLoop):
         try: return f(*args)
         except Exception as e: return Problem(500, 'internal_error', f'{type(e).__name__} in the worker')
 
-    def apart(self, transport, job:Job, explain:Callable, model:Predictor):
+    def apart(self, transport, job:Job, model):
         "Explain beside the batches."
-        transport.send(('done', [(job.uid, model.version, self.careful(explain, job.payload, model))], 0.))
+        transport.send(('done', [(job.uid, model.version, self.careful(model.explain, job.payload))], 0.))
 
     @staticmethod
     def load(lit_api, transport, job:Job, wake:Callable):
         "Load another model beside the batches; it takes over between two of them."
-        try: lit_api.coming.put((job, lit_api.open(job.payload['bundle'], job.payload['version'], job.op)))
+        try: lit_api.coming.put((job, lit_api.open(job.payload['bundle'], job.payload['version'])))
         except Exception as e: transport.send(('done', [(job.uid, lit_api.version, Problem(500, 'model_refused', f'{type(e).__name__}: {e}'))], 0.))
         wake(None)
 
@@ -139,22 +133,14 @@ class ProductAPI(ls.LitAPI):
     def setup(self, device):
         "Load the bundle, in the worker. Whoever stops the server stops the front, which lets the worker finish; so it ignores signals."
         for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
-        torch.set_num_threads(n_threads(self.threads))
-        self.coming,self.shadow,self.busy = queue.SimpleQueue(), None, threading.Semaphore(2)
-        self.failed = ''
-        try: self.model = self.open(self.bundle, self.version, 'load')
+        self.coming,self.shadow,self.busy,self.failed = queue.SimpleQueue(), None, threading.Semaphore(2), ''
+        try: self.model = self.open(self.bundle, self.version)
         except Exception as e: self.failed = f'{self.version} could not be loaded: {e}'
 
-    def open(self, bundle:str, version:str, op:str)->Predictor:
-        "A predictor that gives its bundle's golden answers; raises `ValueError` if it does not."
-        model = Predictor.load(bundle)
-        model.version = version
-        model.predict([Prepared('warm up')] if 'text' in model.modalities else [])
-        for g in read_golden(bundle):
-            got = self.answer(model, [self.prepare(model, g)])[0]
-            if isinstance(got, Problem) or got.prdtypecode != g['prdtypecode'] or abs(got.probability-g['probability']) > .02:
-                raise ValueError(f"{version} answers a golden product differently here ({g['designation'][:40]!r}: {getattr(got, 'prdtypecode', got)})")
-        return model
+    def open(self, bundle:str, version:str):
+        "A `serving.model.Model`."
+        from serving.model import Model  # with PyTorch, which the front does without
+        return Model(bundle, version, self.threads)
 
     def change_model(self, send:Callable):
         "Let a loaded model take over; called between batches."
@@ -165,50 +151,17 @@ class ProductAPI(ls.LitAPI):
             else: self.model,self.version = model,model.version; send(('serving', self.version))
             send(('done', [(job.uid, model.version, None)], 0.))
 
-    @staticmethod
-    def prepare(model:Predictor, p:dict)->Prepared|Problem:
-        "A listing cleaned and decoded, or what is wrong with it."
-        image = base64.b64decode(p['image']) if isinstance(p['image'], str) else p['image']
-        try: return model.prepare(p['designation'], p['description'] or '', image)
-        except InvalidImage as e: return Problem(422, 'invalid_image', str(e), 'image')
-        except ValueError as e: return Problem(422, 'nothing_to_classify', str(e), 'designation')
+    def decode_request(self, request:dict): return self.model.prepare(request)
 
-    @staticmethod
-    def answer(model:Predictor, items:list[Prepared|Problem])->list[Prediction|Problem]:
-        "Predictions of those that can be predicted."
-        some,out = [i for i,x in enumerate(items) if isinstance(x, Prepared)], list(items)
-        try: found = model.predict([items[i] for i in some], len(model.codes))
-        except Exception as e:
-            if len(some) > 1: return [ProductAPI.answer(model, [x])[0] for x in items]  # one of them cannot be answered; the others can
-            found = [Problem(500, 'internal_error', f'{type(e).__name__} in the model')]*len(some)
-        for i,p in zip(some, found, strict=True):
-            fine = isinstance(p, Problem) or math.isfinite(p.probability)
-            out[i] = p if fine else Problem(500, 'internal_error', 'the model gave no number')
-        return out
+    def predict(self, x:list): return self.model.answer(x)
 
-    def decode_request(self, request:dict)->Prepared|Problem: return self.prepare(self.model, request)
-
-    def predict(self, x:list[Prepared|Problem])->list[Prediction|Problem]: return self.answer(self.model, x)
-
-    def encode_response(self, output:Prediction|Problem)->dict|Problem: return output if isinstance(output, Problem) else vars(output)
-
-    def explain(self, request:dict, model:Predictor)->dict|Problem:
-        "What an answer rests on."
-        from rakuten_mm.explanation import explain
-        prepared = self.prepare(model, request)
-        if isinstance(prepared, Problem): return prepared
-        try: return explain(model, prepared, request['prdtypecode']).to_dict()
-        except ValueError as e: return Problem(422, 'invalid_request', str(e), 'prdtypecode')
+    def encode_response(self, output)->dict|Problem: return output if isinstance(output, Problem) else vars(output)
 
     def compare(self, x:list, out:list, side:ThreadPoolExecutor, send:Callable):
-        "Let the shadow see what was answered, unless it is behind."
-        if self.shadow is None or not self.busy.acquire(blocking=False): return
-        def work(shadow=self.shadow, size=self.model.size):
-            try:
-                if shadow.size != size: return
-                pairs = [(p, y) for p,y in zip(x, out, strict=True) if isinstance(p, Prepared) and not isinstance(y, Problem)]
-                theirs = self.answer(shadow, [p for p,_ in pairs])
-                same = [getattr(t, 'prdtypecode', None) == y['prdtypecode'] for t,(_,y) in zip(theirs, pairs, strict=True)]
-                send(('shadow', shadow.version, len(same), int(np.sum(same))))
+        "Let the shadow see what was answered, unless it is behind or reads pictures of another size."
+        shadow = self.shadow
+        if shadow is None or shadow.predictor.size != self.model.predictor.size or not self.busy.acquire(blocking=False): return
+        def work():
+            try: send(('shadow', shadow.version, *shadow.agreement(x, out)))
             finally: self.busy.release()
         side.submit(work)

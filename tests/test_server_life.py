@@ -21,7 +21,7 @@ import pytest
 from conftest import PASSWORD, ROOT, USER, basic, running_server
 from PIL import Image
 
-from rakuten_mm.bundle import seal
+from rakuten_mm.seal import seal
 from rakuten_mm.tracking import mlflow_client, register_bundle, tracked_run
 
 AUTH = {'Authorization': basic(USER, PASSWORD)}
@@ -38,7 +38,7 @@ def until(what, timeout_s:float=60)->float:
     while time.monotonic()-start < timeout_s:
         try:
             if what(): return time.monotonic()-start
-        except httpx.TransportError: pass
+        except (httpx.TransportError, StopIteration): pass  # not there yet
         time.sleep(.05)
     raise AssertionError(f'did not happen within {timeout_s} s')
 
