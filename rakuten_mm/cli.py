@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Friendly', 'cli', 'main', 'synthesize', 'fetch', 'ingest', 'data', 'list_versions', 'diff_versions', 'quarantine',
-           'tune', 'train', 'predict', 'settings', 'Settings', 'serve', 'users', 'store', 'add', 'list_users', 'remove']
+           'tune', 'train', 'predict', 'Settings', 'serve', 'users', 'store', 'add', 'list_users', 'remove']
 
 # %% ../nbs/lib/21_cli.ipynb #8684ecb6
 from pathlib import Path
@@ -185,18 +185,13 @@ def predict(bundle, products, images, out, batch_size):
     click.echo(f"{n['rows']} predictions in {out}: {n['missing']} without a picture, {n['invalid']} with a damaged one, {n['empty']} with nothing to read")
 
 # %% ../nbs/lib/21_cli.ipynb #b852cebf
-def settings()->str:
-    "The server's settings as text."
-    from dataclasses import fields
-    from serving.config import ServeConfig
-    return '\b\nSettings, from the environment or .env:\n'+'\n'.join(
-        f"API_{f.name.upper():18} {f.metadata['help']} ({f.default!r})" for f in fields(ServeConfig))
-
 class Settings(click.Command):
     "A command whose help ends with the server's settings."
     def format_epilog(self, ctx, formatter):
-        formatter.write_paragraph()
-        for line in settings().splitlines()[1:]: formatter.write(line+'\n')
+        from dataclasses import fields
+        from serving.config import ServeConfig
+        formatter.write('\nSettings, from the environment or .env:\n')
+        for f in fields(ServeConfig): formatter.write(f"  API_{f.name.upper():18} {f.metadata['help']} ({f.default!r})\n")
 
 @cli.command(cls=Settings)
 @click.option('--model', default='models:/rakuten-mm@champion', help='Folder, models:/rakuten-mm@ALIAS or models:/rakuten-mm/VERSION.')

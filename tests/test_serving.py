@@ -10,6 +10,7 @@ import time
 from urllib.parse import urlsplit
 
 import httpx
+import jwt
 import numpy as np
 import pytest
 from conftest import PASSWORD, ROOT, USER, basic, running_server
@@ -311,14 +312,14 @@ def test_f25_wrong_credentials_take_as_long(server):
 
 
 def test_roles_and_tokens(bundle, tmp_path):
-    "Users of the database: what each may do, and tokens that end."
+    "Users of the database: what each may do, and tokens that end or are forged."
     from serving.auth import add_user
     from serving.config import kept_images
     from serving.store import Store
-    url = f'sqlite:///{tmp_path/"users.db"}'
+    url,secret = f'sqlite:///{tmp_path/"users.db"}', 'a key that only this test and its server know'
     store = Store(url, kept_images())
     for role in ('predict', 'review', 'admin'): add_user(store, role, 'correct horse battery', role)
-    with running_server(bundle, API_DATABASE_URL=url, API_USERNAME='', API_PASSWORD='', API_TOKEN_S='20') as server:
+    with running_server(bundle, API_DATABASE_URL=url, API_USERNAME='', API_PASSWORD='', API_SECRET=secret) as server:
         ask = lambda method,path,auth,**kw: httpx.request(method, server.url+path, headers={'Authorization': auth}, timeout=30, **kw).status_code
         login = lambda name,password='correct horse battery': httpx.post(server.url+'/token', data=dict(username=name, password=password), timeout=30)
         for role in ('predict', 'review', 'admin'):
@@ -326,20 +327,20 @@ def test_roles_and_tokens(bundle, tmp_path):
             r = login(role)
             assert r.status_code == 200, r.text
             token = r.json()
-            assert token['role'] == role and token['token_type'] == 'bearer' and token['expires_in'] == 20
+            assert token['role'] == role and token['token_type'] == 'bearer' and token['expires_in'] == 3600
             for auth in (basic(role, 'correct horse battery'), 'Bearer '+token['access_token']):
                 assert ask('POST', '/predict', auth, json={'designation': 'x'}) == 200
                 assert ask('GET', '/review', auth) == (403 if role == 'predict' else 200)
                 assert ask('GET', '/metrics', auth) == (200 if role == 'admin' else 403)
-        token = 'Bearer '+token['access_token']
-        head,body,sign = token.split('.')
-        none = base64.urlsafe_b64encode(b'{"alg":"none","typ":"JWT"}').decode().rstrip('=')
-        for forged in (f'{head}.{body}.{sign[::-1]}', f'Bearer {none}.{body}.', 'Bearer x', 'Bearer', f'{head}.{body}'):
-            assert ask('GET', '/version', forged) == 401
-        time.sleep(20.5)
-        assert ask('GET', '/version', token) == 401
-        store.drop_user('review'); time.sleep(6)
-        assert ask('GET', '/review', basic('review', 'correct horse battery')) == 401
+        sign = lambda key=secret,alg='HS256',**claims: 'Bearer '+jwt.encode(dict(sub='admin', exp=time.time()+60) | claims, key, algorithm=alg)
+        assert ask('GET', '/metrics', sign()) == 200
+        head,body,signature = sign().split('.')
+        for bad in (sign(exp=time.time()-1), sign(sub='nobody'), sign(key='another key that is long enough, too'), sign(key=None, alg='none'),
+                    sign(alg='HS512'), 'Bearer '+jwt.encode(dict(sub='admin'), secret), f'{head}.{body}.{signature[::-1]}', f'{head}.{body}', 'Bearer x', 'Bearer'):
+            assert ask('GET', '/version', bad) == 401, bad
+        store.drop_user('review')
+        end = time.monotonic()+20
+        while ask('GET', '/review', basic('review', 'correct horse battery')) != 401: assert time.monotonic() < end; time.sleep(.5)
 
 
 def test_f26_f27_limits_and_pages(bundle):
