@@ -336,7 +336,8 @@ def test_roles_and_tokens(bundle, tmp_path):
         assert ask('GET', '/metrics', sign()) == 200
         head,body,signature = sign().split('.')
         for bad in (sign(exp=time.time()-1), sign(sub='nobody'), sign(key='another key that is long enough, too'), sign(key=None, alg='none'),
-                    sign(alg='HS512'), 'Bearer '+jwt.encode(dict(sub='admin'), secret), f'{head}.{body}.{signature[::-1]}', f'{head}.{body}', 'Bearer x', 'Bearer'):
+                    sign(alg='HS512'), 'Bearer '+jwt.encode(dict(sub='admin'), secret), f'{head}.{body}.{signature[::-1]}', f'{head}.{body}',
+                    'Bearer x', 'Bearer'):
             assert ask('GET', '/version', bad) == 401, bad
         store.drop_user('review')
         end = time.monotonic()+20
