@@ -12,6 +12,7 @@ from serving import metrics
 from serving.config import ServeConfig
 from serving.engine import Engine
 from serving.errors import Refused
+from serving.worker import settle
 
 log = logging.getLogger('rakuten_mm.follow')
 
@@ -63,9 +64,11 @@ class Follower:
     async def run(self):
         "Look at the registry for ever."
         remember(self.model, self.api.bundle, self.api.version)
+        first = self.follows
         while True:
             if self.follows: await self.look()
             if self.cfg.shadow: await self.look_at_shadow()
+            if first: first = settle()  # MLflow has been imported by now
             await asyncio.sleep(self.cfg.poll_s)
 
     def say(self, problem:str):

@@ -20,7 +20,7 @@ from serving.config import ServeConfig, kept_images
 from serving.engine import Engine
 from serving.gate import Gate, Places
 from serving.store import Store
-from serving.worker import PipeTransport, ProductAPI
+from serving.worker import PipeTransport, ProductAPI, settle
 
 log = logging.getLogger('rakuten_mm.server')
 CHAMPION = 'models:/rakuten-mm@champion'
@@ -56,6 +56,7 @@ class Server(ls.LitServer):
     async def lifespan(self, app:FastAPI):
         if not self.engine.ready: await self.engine.start()
         log.info('serving %s, documentation at /docs', self.api.version)
+        settle()
         following = asyncio.create_task(self.follower.run())
         try: yield
         finally:
