@@ -25,4 +25,5 @@ fi
 say "lint"
 ruff check .
 say "tests"
-python -m pytest "$@"
+# Much of a test is one core waiting for another process, so two files are tested at a time; fixtures belong to files.
+python -m pytest --numprocesses 2 --dist loadscope "$@"
