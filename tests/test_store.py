@@ -1,6 +1,8 @@
 "The database of answers and corrections, in SQLite and in a real PostgreSQL."
+import os
 import shutil
 import subprocess
+import tempfile
 import time
 import uuid
 from datetime import UTC, datetime
@@ -18,20 +20,17 @@ INITDB = next(iter(sorted(Path('/usr/lib/postgresql').glob('*/bin/initdb'), reve
 
 
 @pytest.fixture(scope='session')
-def postgres(tmp_path_factory):
+def postgres():
     "The URL of an empty PostgreSQL of this session's own."
     if not INITDB: pytest.skip('PostgreSQL is not installed (Debian: postgresql)')
-    import os
-    home,port,bin = tmp_path_factory.mktemp('postgres'), free_port(0), Path(INITDB).parent
+    home,port,bin = Path(tempfile.mkdtemp(prefix='postgres-')), free_port(0), Path(INITDB).parent
     as_whom = ['runuser', '-u', 'postgres', '--'] if os.getuid() == 0 else []  # it refuses to run as root
-    if as_whom:
-        shutil.chown(home, 'postgres')
-        for p in home.parents[:2]: p.chmod(0o755)
+    if as_whom: shutil.chown(home, 'postgres')
     run = lambda *a,**kw: subprocess.run([*as_whom, *map(str, a)], check=True, capture_output=True, cwd='/', **kw)
     run(bin/'initdb', '-D', home/'data', '-U', 'rakuten', '-A', 'trust', '--no-sync')
     run(bin/'pg_ctl', '-D', home/'data', '-l', home/'log', '-w', '-o', f"-p {port} -k '' -c listen_addresses=127.0.0.1 -c fsync=off", 'start')
     try: yield f'postgresql+psycopg://rakuten@127.0.0.1:{port}/postgres'
-    finally: run(bin/'pg_ctl', '-D', home/'data', '-m', 'immediate', 'stop')
+    finally: run(bin/'pg_ctl', '-D', home/'data', '-m', 'immediate', 'stop'); shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture(params=['sqlite', 'postgresql'])
