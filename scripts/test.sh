@@ -26,4 +26,4 @@ say "lint"
 ruff check .
 say "tests"
 # Much of a test is one core waiting for another process, so two files are tested at a time; fixtures belong to files.
-python -m pytest --numprocesses 2 --dist loadscope "$@"
+python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder "$@"
