@@ -27,6 +27,7 @@ from serving.follow import Follower
 from serving.gate import Places
 from serving.schema import (
     MAX_BATCH,
+    MAX_TEXT,
     BatchItem,
     BatchRequest,
     BatchResponse,
@@ -81,17 +82,18 @@ class Service:
 
     async def predict(self, r:PredictRequest, who:Who)->PredictResponse:
         "A ranked answer, recorded."
-        text,image = (hashlib.sha256(b).hexdigest() for b in (f'{r.designation}\0{r.description or ""}'.encode(), r.image or b''))
-        key = self.engine.version, text, image if r.image else ''
+        text = hashlib.sha256(f'{r.designation}\0{r.description or ""}'.encode()).hexdigest()
+        image = hashlib.sha256(r.image).hexdigest() if r.image else ''
+        key = self.engine.version, text, image
         found = self.answers.get(key) if self.answers is not None else None
         if found: metrics.CACHED.inc()
         else:
             found = await self.engine.ask('predict', dict(designation=r.designation, description=r.description, image=r.image))
-            if self.answers is not None: self.answers[found[0], text, key[2]] = found
+            if self.answers is not None: self.answers[found[0], text, image] = found
         version,answer = found
         out = PredictResponse(**answer | dict(top_k=answer['top_k'][:r.top_k]), prediction_id=str(uuid.uuid4()), model_version=version)
         metrics.LANES.labels(out.lane, version).inc()
-        self.record(r, out, answer['top_k'], who, text, key[2])
+        self.record(r, out, answer['top_k'], who, text, image)
         return out
 
     def record(self, r:PredictRequest, out:PredictResponse, ranked:list[dict], who:Who, text:str, image:str):
@@ -131,7 +133,7 @@ async def of_form(request:Request)->PredictRequest:
 
 
 FORM = {'requestBody': {'required': True, 'content': {'multipart/form-data': {'schema': {'type': 'object', 'properties': {
-    'designation': {'type': 'string', 'maxLength': 20000}, 'description': {'type': 'string', 'maxLength': 20000},
+    'designation': {'type': 'string', 'maxLength': MAX_TEXT}, 'description': {'type': 'string', 'maxLength': MAX_TEXT},
     'image': {'type': 'string', 'format': 'binary', 'description': 'JPEG, PNG, WEBP, GIF or BMP file'},
     'top_k': {'type': 'integer', 'minimum': 1, 'maximum': 100, 'default': 3}}, 'additionalProperties': False}}}}}
 LOGIN = {'requestBody': {'required': True, 'content': {'application/x-www-form-urlencoded': {'schema': {

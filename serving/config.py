@@ -44,15 +44,15 @@ class ServeConfig:
         if unknown: raise ValueError(f"API_OPEN_PAGES names {', '.join(sorted(unknown))}; there are {', '.join(PAGES)}")
 
     @classmethod
-    def from_environment(cls, **given)->'ServeConfig':
-        "Settings of this process; what is `given` wins. Raises `ValueError` for one that is wrong."
+    def from_environment(cls)->'ServeConfig':
+        "Settings of this process. Raises `ValueError` for one that is wrong."
         read = {}
         for f in fields(cls):
             text = os.environ.get(f'API_{f.name.upper()}', '')
             try:
                 if text: read[f.name] = type(f.default)(text)
             except ValueError: raise ValueError(f'API_{f.name.upper()} is {text!r}, which is no number') from None
-        return cls(**read | given)
+        return cls(**read)
 
     @property
     def url(self)->str:
