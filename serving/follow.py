@@ -23,8 +23,10 @@ def kept(model:str)->Path:
 
 
 def remember(model:str, bundle:str, version:str):
-    "A server that starts without a registry takes this one."
-    if model.startswith('models:/'): write_atomic(kept(model), json.dumps(dict(bundle=bundle, version=version)).encode())
+    "A server that starts without a registry takes this one; it is only not written down if that fails."
+    if not model.startswith('models:/'): return
+    try: write_atomic(kept(model), json.dumps(dict(bundle=bundle, version=version)).encode())
+    except OSError as e: log.warning('the model could not be written down: %s', e)
 
 
 def resolve(model:str)->tuple[Path, str]:
@@ -51,11 +53,21 @@ def first(model:str)->tuple[Path, str, str]: # Bundle, version, and why the regi
         return Path(last['bundle']), last['version'], f'the registry cannot be asked ({type(e).__name__}); serving the model of before'
 
 
+def named(model:str)->str:
+    "What a name stands for now, by a look at the registry only; raises `LookupError`, or whatever MLflow does."
+    name,_,alias = model.removeprefix('models:/').partition('@')
+    if not alias: return name
+    from rakuten_mm.tracking import alias_version
+    version = alias_version(alias)
+    if version is None: raise LookupError(f'{model} points nowhere')
+    return f'{name}/{version}'
+
+
 class Follower:
     "Changes the engine's model when its alias moves. What cannot be served is left alone, and said."
     def __init__(self, engine:Engine, api, model:str, cfg:ServeConfig, problem:str=''):
         self.engine,self.api,self.model,self.cfg,self.problem = engine,api,model,cfg,problem
-        self.refused,self.shadow = ('', 0.), ''
+        self.refused,self.shadow = ('', 0.), ('', 0)  # the shadow's version, and the worker that has it
         self.say(problem)
 
     @property
@@ -78,7 +90,7 @@ class Follower:
 
     async def look(self):
         "Serve what the alias points at, if it can be."
-        try: wanted = await asyncio.to_thread(self.wanted)
+        try: wanted = await asyncio.to_thread(named, self.model)
         except Exception as e: self.say(f'the registry cannot be asked ({type(e).__name__}); {self.api.version} keeps answering'); return
         if wanted == self.api.version: self.say(''); return
         if wanted == self.refused[0] and time.monotonic() < self.refused[1]: return
@@ -92,16 +104,8 @@ class Follower:
             return
         log.info('%s answers now, in the place of %s', version, self.api.version)
         self.api.bundle,self.api.version = str(bundle), version  # what a worker that is started again will load
-        try: remember(self.model, str(bundle), version)
-        except OSError as e: log.warning('the model could not be written down: %s', e)
+        remember(self.model, str(bundle), version)
         self.say('')
-
-    def wanted(self)->str:
-        from rakuten_mm.tracking import alias_version
-        name,_,alias = self.model.removeprefix('models:/').partition('@')
-        version = alias_version(alias)
-        if version is None: raise LookupError(f'{self.model} points nowhere')
-        return f'{name}/{version}'
 
     async def change(self, op:str, bundle:Path, version:str):
         "Have the worker load a bundle; raises `Refused` or `TimeoutError`."
@@ -111,6 +115,7 @@ class Follower:
     async def look_at_shadow(self):
         "Let the shadow be what its name points at."
         try:
-            bundle,version = await asyncio.to_thread(resolve, self.cfg.shadow)
-            if version != self.shadow and version != self.api.version: await self.change('shadow', bundle, version); self.shadow = version
+            wanted = await asyncio.to_thread(named, self.cfg.shadow), self.engine.epoch
+            if wanted == self.shadow or wanted[0] == self.api.version: return
+            await self.change('shadow', *await asyncio.to_thread(resolve, self.cfg.shadow)); self.shadow = wanted
         except Exception as e: log.warning('no shadow: %s', e)

@@ -246,7 +246,7 @@ def test_f36_cut_in_the_middle(partner, tmp_path):
 @needs_rclone
 def test_f36_a_line_that_stays_down(partner, tmp_path, capfd, monkeypatch):
     folder,line = partner
-    line.limit,line.pause_s = 900_000, 3600
+    line.limit,line.pause_s = 300_000, 3600  # less than a picture: whichever connections rclone opens, none brings one
     monkeypatch.setattr('rakuten_mm.fetch.FLAGS', [*FLAGS, '--low-level-retries', '2'])  # rclone takes the last; ten would wait for minutes
     t0 = time.monotonic()
     with pytest.raises(FetchError, match='tried 2 times'): fetch('partner:', tmp_path/'raw', retries=2, timeout_s=2)
