@@ -51,15 +51,17 @@ def synthesize(raw_dir, rows, test_rows, seed, image_size):
 
 # %% ../nbs/lib/21_cli.ipynb #ba6cc05b
 @cli.command()
-@click.argument('remote')
-@click.argument('raw_dir', type=folder)
+@click.argument('remote', envvar='RAKUTEN_MM_REMOTE')
+@click.argument('raw_dir', type=folder, envvar='RAKUTEN_MM_RAW')
 @click.option('--retries', default=5, help='Rounds before giving up.')
 @click.option('--timeout', 'timeout_s', default=60., help='Longest silence of the other side in seconds.')
-def fetch(remote, raw_dir, retries, timeout_s):
+@click.option('--every', 'every_s', type=click.FloatRange(0), help='Go on for ever, with a pause of so many seconds.')
+def fetch(remote, raw_dir, retries, timeout_s, every_s):
     "Bring RAW_DIR up to date with REMOTE, rclone's name:path or a folder or archive, and unpack its archives."
     from rakuten_mm.fetch import fetch
-    f = fetch(remote, raw_dir, retries, timeout_s)
-    click.echo(f"{f.files} new or changed of {f.delivered} files, {f.bytes:,} bytes in {f.seconds:.1f} s; unpacked: {', '.join(f.archives) or 'nothing'}")
+    from rakuten_mm.mirror import keep_fetching
+    if every_s is None: click.echo(fetch(remote, raw_dir, retries, timeout_s).summary())
+    else: keep_fetching(remote, raw_dir, every_s, say=click.echo, retries=retries, timeout_s=timeout_s, progress=False)
 
 # %% ../nbs/lib/21_cli.ipynb #8a437239
 @cli.command()

@@ -21,6 +21,7 @@ from .facts import Checker, FactStore
 from .fingerprint import duplicate_groups
 from .intake import Books, Delivery, check_share, find_delivery, make_receipt, read_labels, read_listings_of, with_facts
 from .merging import CORRECTIONS, EMPTY, assign_splits, balance, correct, describe, fingerprints_of, merge_index, read_corrections, write_part
+from .mirror import whole_delivery
 from .schema import RawDataError, read_names
 from .taxonomy import category_names
 
@@ -173,13 +174,16 @@ def ingest(
     snapshot:bool = False, # The delivery is the whole catalogue: remove products that it does not hold
     max_quarantine:float = .05, # Largest share of a file's records that may be refused
     progress:bool = True, # Show a progress bar
+    wait_s:float = 600, # How long a fetch into `raw_dir` may keep this waiting
 )->Dataset: # The current version afterwards
-    "Merge a delivery into the dataset; raises `RawDataError`, or `DataBusyError` if another ingestion is at work."
-    delivery,data_dir = find_delivery(raw_dir), Path(data_dir).resolve()
-    if snapshot and not delivery.x: raise RawDataError(f'{raw_dir}: a snapshot needs listings, and there are only corrections')
-    data_dir.mkdir(parents=True, exist_ok=True)
-    try: lock = FileLock(data_dir/'.lock').acquire(timeout=0)
-    except Timeout: raise DataBusyError(f'another ingestion is writing to {data_dir}; try again when it is done') from None
+    "Merge a delivery into the dataset; raises `RawDataError`, `FetchError` if it is not whole, or `DataBusyError` if another ingestion is at work."
+    data_dir = Path(data_dir).resolve()
     options = dict(seed=seed, snapshot=snapshot, max_quarantine=max_quarantine, progress=progress)
-    with lock: ingest_alone(delivery, data_dir, options)
+    with whole_delivery(raw_dir, wait_s):
+        delivery = find_delivery(raw_dir)
+        if snapshot and not delivery.x: raise RawDataError(f'{raw_dir}: a snapshot needs listings, and there are only corrections')
+        data_dir.mkdir(parents=True, exist_ok=True)
+        try: lock = FileLock(data_dir/'.lock').acquire(timeout=0)
+        except Timeout: raise DataBusyError(f'another ingestion is writing to {data_dir}; try again when it is done') from None
+        with lock: ingest_alone(delivery, data_dir, options)
     return Dataset.open(data_dir)
