@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .bundle import load_bundle
 from .seal import seal
 from .batches import ProductDataset, blank
-from .image import decode_image, to_square
+from .image import load_pixels, open_image, to_square
 from .metrics import scores
 from .runtime import Eager, PixelEncoder, Session
 from .text import clean_text
@@ -29,6 +29,7 @@ class Prepared:
     text:str = '' # Description
     pixels:np.ndarray|None = None # (S, S, 3) uint8
     vector:np.ndarray|None = None # (D,) what the image encoder made of the picture, if that is known
+    size:tuple[int, int]|None = None # Width and height of the picture as it came
 
 @dataclass
 class Prediction:
@@ -74,8 +75,10 @@ def prepare(self:Predictor,
     image:bytes|None = None, # Encoded picture
 )->Prepared:
     "Clean and decode a listing; raises `InvalidImage`, or `ValueError` if nothing is left that this model reads."
-    pixels = to_square(decode_image(image, self.size), self.size) if image is not None and self.net.image else None
-    p = Prepared(clean_text(designation or ''), clean_text(description or ''), pixels)
+    p = Prepared(clean_text(designation or ''), clean_text(description or ''))
+    if image is not None and self.net.image:
+        p.size = (im := open_image(image)).size
+        p.pixels = to_square(load_pixels(im, self.size), self.size)
     if not self.seen(p): raise ValueError(f"nothing to classify: this model reads {' and '.join(self.modalities)}")
     return p
 
@@ -87,18 +90,35 @@ def seen(self:Predictor, p:Prepared)->list[str]: # Subset of `text`, `image`
 
 # %% ../nbs/lib/16_predictor.ipynb #0cf26405
 @patch
+def batch(self:Predictor,
+    items:list[Prepared]
+)->dict[str, torch.Tensor]:
+    "Prepared listings, as `MultimodalNet` takes them."
+    net,seen = self.net, [self.seen(p) for p in items]
+    out = {k: torch.tensor([m in s for s in seen]) for k,m in (('has_text', 'text'), ('has_image', 'image'))}
+    out |= self.read_texts([p.title for p in items], [p.text for p in items]) if out['has_text'].any() else {
+        k: torch.from_numpy(v) for k,v in (blank(net, len(items)) if 'text' in self.modalities else {}).items()}
+    out['has_description'] = torch.tensor([p.text != '' for p in items])
+    if net.image: out['image'] = torch.from_numpy(self.read_pictures(items))
+    return out
+
+@patch
+@torch.inference_mode()
+def look(self:Predictor,
+    batch:dict[str, torch.Tensor]
+)->tuple[np.ndarray, dict[str, np.ndarray]]: # (N, K) probabilities, and (N, C) scaled vectors by part
+    "What the network makes of a batch, and the vectors that it rests on."
+    v = self.net.vectors(batch)
+    return self.net.answer(batch | {f'scaled_{m}': x for m,x in v.items()}).softmax(1).numpy(), {m: x.numpy() for m,x in v.items()}
+
+# %% ../nbs/lib/16_predictor.ipynb #0cf26406
+@patch
 @torch.inference_mode()
 def probs(self:Predictor,
     items:list[Prepared]
 )->np.ndarray: # (N, K) probabilities
     "Class probabilities of prepared listings."
-    net,seen = self.net, [self.seen(p) for p in items]
-    batch = {k: torch.tensor([m in s for s in seen]) for k,m in (('has_text', 'text'), ('has_image', 'image'))}
-    batch |= self.read_texts([p.title for p in items], [p.text for p in items]) if batch['has_text'].any() else {
-        k: torch.from_numpy(v) for k,v in (blank(net, len(items)) if 'text' in self.modalities else {}).items()}
-    batch['has_description'] = torch.tensor([p.text != '' for p in items])
-    if net.image: batch['image'] = torch.from_numpy(self.read_pictures(items))
-    return net.answer(batch).softmax(1).numpy()
+    return self.look(self.batch(items))[0]
 
 # %% ../nbs/lib/16_predictor.ipynb #8f787157
 @patch
@@ -128,13 +148,13 @@ def read_pictures(self:Predictor,
 
 # %% ../nbs/lib/16_predictor.ipynb #60f944b6
 @patch
-def predict(self:Predictor,
+def rank(self:Predictor,
     items:list[Prepared],
+    probs:np.ndarray, # (N, K) from `look`
     top_k:int = 3, # Categories per answer, at most the number of classes
 )->list[Prediction]:
     "Ranked categories of prepared listings, in their order."
-    if not items: return []
-    probs,out = self.probs(items), []
+    out = []
     lanes = self.triage.lanes(probs) if self.triage else ['review']*len(items)
     sets = self.triage.sets(probs) if self.triage else [None]*len(items)
     for p,row,lane,some in zip(items, probs, lanes, sets):
@@ -142,6 +162,11 @@ def predict(self:Predictor,
         short = [self.codes[i] for i in some] if lane == 'review' and some is not None else None
         out.append(Prediction(**top[0], top_k=top, modalities=self.seen(p), lane=str(lane), candidates=short))
     return out
+
+@patch
+def predict(self:Predictor, items:list[Prepared], top_k:int = 3)->list[Prediction]:
+    "Ranked categories of prepared listings, in their order."
+    return self.rank(items, self.probs(items), top_k) if items else []
 
 # %% ../nbs/lib/16_predictor.ipynb #7f1876ae
 @patch
