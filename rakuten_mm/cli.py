@@ -59,8 +59,8 @@ def synthesize(raw_dir, rows, test_rows, seed, image_size):
 def fetch(remote, raw_dir, retries, timeout_s, every_s):
     "Bring RAW_DIR up to date with REMOTE, rclone's name:path or a folder or archive, and unpack its archives."
     from rakuten_mm.fetch import fetch
-    from rakuten_mm.mirror import keep_fetching
-    if every_s is None: click.echo(fetch(remote, raw_dir, retries, timeout_s).summary())
+    from rakuten_mm.mirror import keep_fetching, summary
+    if every_s is None: click.echo(summary(fetch(remote, raw_dir, retries, timeout_s)))
     else: keep_fetching(remote, raw_dir, every_s, say=click.echo, retries=retries, timeout_s=timeout_s, progress=False)
 
 # %% ../nbs/lib/21_cli.ipynb #8a437239

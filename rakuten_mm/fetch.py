@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SECRET', 'SHOWN', 'HOPELESS', 'INSTALL', 'FLAGS', 'STATE', 'WHOLE', 'SUMS', 'FetchError', 'Unreachable', 'scrub',
-           'failure', 'read_log', 'rclone', 'begin_change', 'transfer', 'compare', 'read_sums', 'sha256', 'verify',
-           'one_round', 'unpack_new', 'Fetched', 'check_remote', 'fetch']
+           'failure', 'read_log', 'rclone', 'transfer', 'compare', 'read_sums', 'verify', 'one_round', 'unpack_new',
+           'Fetched', 'check_remote', 'fetch']
 
 # %% ../nbs/lib/01c_fetch.ipynb #8ce48a43
 import hashlib, json, os, re, shutil, subprocess, tempfile, time
@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 from tqdm import tqdm
 from .archive import ARCHIVES, check_archive, safe_name, unpack
+from .seal import sha256_file
 
 # %% ../nbs/lib/01c_fetch.ipynb #b22bdd3c
 class FetchError(OSError):
@@ -91,11 +92,7 @@ def rclone(
 
 # %% ../nbs/lib/01c_fetch.ipynb #d9fb4410
 STATE = '.fetch' # Folder in the raw folder that is ours
-WHOLE = 'whole' # File in it, there while the delivery is whole
-
-def begin_change(raw_dir:Path):
-    "Before the delivery is changed: until a fetch ends well, it is not whole."
-    (raw_dir/STATE/WHOLE).unlink(missing_ok=True)
+WHOLE = f'{STATE}/whole' # There while the delivery is whole: goes before the first change, comes back when a fetch ends well
 
 def transfer(
     remote:str,
@@ -108,7 +105,7 @@ def transfer(
     for other in {*(raw_dir/STATE).glob('from-*')}-{room}: shutil.rmtree(other)
     rclone('sync', remote, str(room), '--compare-dest', str(raw_dir), *flags, **kw)
     moved = {safe_name(p.relative_to(room).as_posix()): p.stat().st_size for p in sorted(room.rglob('*')) if p.is_file()}
-    if moved: begin_change(raw_dir)
+    if moved: (raw_dir/WHOLE).unlink(missing_ok=True)
     for name in moved:
         (raw_dir/name).parent.mkdir(parents=True, exist_ok=True)
         (room/name).replace(raw_dir/name)
@@ -128,8 +125,7 @@ def compare(
     try: rclone('check', remote, str(raw_dir), '--one-way', '--combined', str(report), *flags, **kw)
     except Unreachable as e: error = e
     lines = report.read_text(encoding='utf-8', errors='surrogateescape').split('\n')[:-1] if report.exists() else []
-    wrong = [l[2:] for l in lines if l[0] in '*+!']
-    if wrong: begin_change(raw_dir)
+    if wrong := [l[2:] for l in lines if l[0] in '*+!']: (raw_dir/WHOLE).unlink(missing_ok=True)
     for name in (l[2:] for l in lines if l[0] == '*'): (raw_dir/safe_name(name)).unlink()
     if wrong: raise Unreachable(f'{len(wrong)} files are not as on the remote, the first is {wrong[0]!r}')
     if error: raise error
@@ -150,12 +146,6 @@ def read_sums(
     sums.pop(SUMS, None)
     return sums
 
-def sha256(
-    path:Path
-)->str:
-    "Hexadecimal sha256 of a file."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-
 # %% ../nbs/lib/01c_fetch.ipynb #edd6bf75
 def verify(
     raw_dir:Path,
@@ -166,8 +156,7 @@ def verify(
     "Raises `Unreachable` after deleting files that differ for the first time, `FetchError` at the second or for missing ones."
     missing = sorted(sums.keys()-delivered)
     if missing: raise FetchError(f'{SUMS} lists {len(missing)} files that were not delivered, the first is {missing[0]!r}; ask for them or correct the list')
-    wrong = [n for n,s in sums.items() if sha256(raw_dir/n) != s]
-    if wrong: begin_change(raw_dir)
+    if wrong := [n for n,s in sums.items() if sha256_file(raw_dir/n) != s]: (raw_dir/WHOLE).unlink(missing_ok=True)
     for n in wrong: (raw_dir/n).unlink()
     if again := seen.intersection(wrong): raise FetchError(f'{min(again)!r} does not have the sha256 that {SUMS} says, fetched twice; ask the sender')
     seen.update(wrong)
@@ -203,12 +192,12 @@ def unpack_new(
     note,keep,new = raw_dir/STATE/'unpacked.json', {*delivered, STATE}, []
     done = json.loads(note.read_text()) if note.exists() else {}
     for name in sorted(n for n in delivered if '/' not in n and n.lower().endswith(ARCHIVES)):
-        digest,old = sha256(raw_dir/name), done.get(name, {'sha256': ''})
+        digest,old = sha256_file(raw_dir/name), done.get(name, {'sha256': ''})
         whole = lambda files: all((raw_dir/n).is_file() and (raw_dir/n).stat().st_size == size for n,size in files.items())
         if digest != old['sha256'] or not whole(old['files']):
             files = check_archive(raw_dir/name, keep=[STATE])
             if files.keys() <= delivered and whole(files): continue
-            begin_change(raw_dir)
+            (raw_dir/WHOLE).unlink(missing_ok=True)
             done[name] = {'sha256': digest, 'files': unpack(raw_dir/name, raw_dir, keep=keep, progress=progress)}
             note.with_suffix('.new').write_text(json.dumps(done)); note.with_suffix('.new').replace(note)
             new.append(name)
@@ -224,10 +213,6 @@ class Fetched:
     seconds:float # From start to end
     archives:list[str] # Archives that were unpacked
     delivered:int # Files of the delivery, arrived now or before
-
-    def summary(self)->str:
-        "One line for people."
-        return f"{self.files} new or changed of {self.delivered} files, {self.bytes:,} bytes in {self.seconds:.1f} s; unpacked: {', '.join(self.archives) or 'nothing'}"
 
 # %% ../nbs/lib/01c_fetch.ipynb #9ab2b89a
 def check_remote(
@@ -259,7 +244,7 @@ def fetch(
         with FileLock(raw_dir/STATE/'lock', timeout=0):
             delivered = again(one_round, remote, raw_dir, moved, seen, timeout_s, progress)
             archives = unpack_new(raw_dir, delivered, progress)
-            (raw_dir/STATE/WHOLE).touch()
+            (raw_dir/WHOLE).touch()
     except Timeout: raise Unreachable(f'another fetch into {raw_dir}, or an ingestion of it, is running; wait for it') from None
     except Unreachable as e: raise Unreachable(f'{e} (tried {retries} times; run it again to go on where it stopped)') from None
     return Fetched(len(moved), sum(moved.values()), round(time.monotonic()-t0, 3), archives, len(delivered))
