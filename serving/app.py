@@ -93,16 +93,18 @@ class Service:
         version,answer = found
         out = PredictResponse(**answer | dict(top_k=answer['top_k'][:r.top_k]), prediction_id=str(uuid.uuid4()), model_version=version)
         metrics.LANES.labels(out.lane, version).inc()
-        self.record(r, out, answer['top_k'], who, text, image)
+        self.record(r, out, answer, who, text, image)
         return out
 
-    def record(self, r:PredictRequest, out:PredictResponse, ranked:list[dict], who:Who, text:str, image:str):
+    def record(self, r:PredictRequest, out:PredictResponse, answer:dict, who:Who, text:str, image:str):
+        ranked = answer['top_k']  # of all categories
         keep = self.cfg.keep_inputs == 'all' or self.cfg.keep_inputs == 'review' and out.lane == 'review'
         close = ranked[1]['probability'] if len(ranked) > 1 else 0.
         row = dict(id=out.prediction_id, created_at=datetime.now(UTC), user=who.name, model_version=out.model_version, prdtypecode=out.prdtypecode,
                    probability=out.probability, lane=out.lane, usefulness=1-(out.probability-close), top_k=ranked[:10],
                    candidates=out.candidates, modalities=out.modalities, text_sha256=text, image_sha256=image, has_inputs=int(keep),
-                   designation=r.designation if keep else None, description=r.description if keep else None)
+                   designation=r.designation if keep else None, description=r.description if keep else None, facts=answer['facts'],
+                   sketch=answer['sketch'], probs=[round(t['probability'], 4) for t in sorted(ranked, key=lambda t: t['prdtypecode'])])
         self.store.add(row, r.image if keep else None)
         metrics.DROPPED.set(self.store.dropped)
 

@@ -22,6 +22,7 @@ from rakuten_mm.seal import write_atomic
 
 log = logging.getLogger('rakuten_mm.store')
 now = lambda: datetime.now(UTC)
+SERVED = ('created_at', 'model_version', 'lane', 'facts', 'probs', 'sketch')
 
 
 class Moment(TypeDecorator):
@@ -63,6 +64,9 @@ class Prediction(Base):
     designation:Mapped[str|None] = mapped_column(Text)
     description:Mapped[str|None] = mapped_column(Text)
     has_inputs:Mapped[int] = mapped_column(Integer, default=0)
+    facts:Mapped[dict|None] = mapped_column(JSON(none_as_null=True))  # these three are there for every listing, and for drift
+    probs:Mapped[list|None] = mapped_column(JSON(none_as_null=True))  # of all categories, by code
+    sketch:Mapped[dict|None] = mapped_column(JSON(none_as_null=True))
     __table_args__ = (Index('ix_predictions_queue', 'lane', 'has_inputs', 'usefulness'), Index('ix_predictions_created_at', 'created_at'))
 
 
@@ -161,6 +165,18 @@ class Store:
         "An answer that was given; one that still waits to be written is written first."
         self.waiting.join()
         with Session(self.engine) as s: return s.get(Prediction, prediction_id)
+
+    def served(self,
+        since:datetime,
+        until:datetime|None = None, # Not included; now if left out
+    )->list[dict]: # `SERVED` of each answer, oldest first
+        "What drift needs to know of a time: nothing that a listing could be read from."
+        self.waiting.join()
+        since,until = since.astimezone(UTC), (until or now()).astimezone(UTC)  # SQLite compares what the clocks show
+        when = (Prediction.created_at >= since) & (Prediction.created_at < until)
+        columns = [getattr(Prediction, c) for c in SERVED]
+        with self.engine.connect() as c:
+            return [dict(r) for r in c.execute(select(*columns).where(when).order_by(Prediction.created_at, Prediction.id)).mappings()]
 
     def correct(self, prediction_id:str, prdtypecode:int, reviewer:str)->tuple[Feedback, list[Feedback]]: # The new one, and all of this prediction
         "Record what a reviewer says; raises `KeyError` for an unknown prediction."

@@ -5,7 +5,8 @@ import subprocess
 import tempfile
 import time
 import uuid
-from datetime import UTC, datetime
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Thread
 
@@ -14,7 +15,7 @@ from serve_once import free_port
 from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 
-from serving.store import Base, Feedback, Store, open_database, verdict
+from serving.store import SERVED, Base, Feedback, Store, open_database, verdict
 
 INITDB = next(iter(sorted(Path('/usr/lib/postgresql').glob('*/bin/initdb'), reverse=True)), None) or shutil.which('initdb')
 
@@ -53,7 +54,8 @@ def answer(lane='review', usefulness=.5, **kw)->dict:
     "A row of `predictions`."
     return dict(id=str(uuid.uuid4()), created_at=datetime.now(UTC), user='anna', model_version='rakuten-mm/1', prdtypecode=10, probability=.5, lane=lane,
                 usefulness=usefulness, top_k=[dict(prdtypecode=10, label='Livres', probability=.5)], candidates=[10, 2403], modalities=['text'],
-                text_sha256='0'*64, image_sha256='', designation='Livre', description='', has_inputs=1) | kw
+                text_sha256='0'*64, image_sha256='', designation='Livre', description='', has_inputs=1,
+                facts=None, probs=None, sketch=None) | kw
 
 
 def test_migrations_make_what_the_code_expects(url):
@@ -113,6 +115,36 @@ def test_pictures_are_kept_once(store):
     for _ in range(2): store.add(answer(image_sha256='ab'*32), b'picture')
     store.queue()
     assert store.image_path('ab'*32).read_bytes() == b'picture'
+
+
+def test_older_answers_have_no_figures(url):
+    "A database of the first version is brought up to date with its rows."
+    open_database(url).dispose()
+    engine = create_engine(url)
+    with engine.begin() as c:
+        for name in ('facts', 'probs', 'sketch'): c.execute(text(f'ALTER TABLE predictions DROP COLUMN {name}'))
+        c.execute(text("UPDATE alembic_version SET version_num = '0001'"))
+        c.execute(text("INSERT INTO predictions (id, created_at, \"user\", model_version, prdtypecode, probability, lane, usefulness, top_k, modalities, "
+                       "text_sha256, image_sha256, has_inputs) VALUES "
+                       "('old', '2026-01-01 12:00:00.000000', 'anna', 'rakuten-mm/1', 10, .5, 'auto', .5, '[]', '[]', '', '', 0)"))
+    engine.dispose()
+    with closing(Store(url, Path('.'))) as store:
+        assert [r['facts'] for r in store.served(datetime(2026, 1, 1, tzinfo=UTC))] == [None]
+        store.add(answer(facts=dict(language='fr')))
+        assert [r['facts'] for r in store.served(datetime(2026, 1, 1, tzinfo=UTC))] == [None, dict(language='fr')]
+
+
+def test_what_drift_needs_of_a_time(store):
+    "Figures, in the order of time, and no input."
+    start = datetime.now(UTC)
+    figures = lambda i: dict(facts=dict(title_length=i), probs=[.25, .75], sketch=dict(text=[i, .5], image=None))
+    for i in (2, 0, 1, 3): store.add(answer(created_at=start+timedelta(hours=i), **figures(i)))
+    store.add(answer(created_at=start+timedelta(hours=1.5)))
+    rows = store.served(start+timedelta(hours=1), start+timedelta(hours=3))
+    assert [r['facts'] and r['facts']['title_length'] for r in rows] == [1, None, 2]
+    assert {k: rows[0][k] for k in ('facts', 'probs', 'sketch')} == figures(1) and rows[0].keys() == set(SERVED)
+    assert rows[0]['created_at'] == start+timedelta(hours=1) and not {'designation', 'description', 'top_k'} & rows[0].keys()
+    with store.engine.connect() as c: assert c.execute(text('SELECT count(*) FROM predictions WHERE facts IS NULL')).scalar() == 1
 
 
 def test_a_database_that_goes_away_costs_records_only(postgres, tmp_path):
