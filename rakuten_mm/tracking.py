@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'MODEL', 'tracking_uri', 'mlflow_client', 'tracked_run', 'git_commit', 'flatten', 'log_provenance',
-           'log_metrics', 'register_bundle', 'alias_version', 'resolve_model']
+           'log_metrics', 'register_bundle', 'alias_version', 'resolve_model', 'resolve_training']
 
 # %% ../nbs/lib/17_tracking.ipynb #db39789b
-import os, shutil, subprocess
+import json, os, shutil, subprocess
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from .seal import verify
+from .seal import BundleError, open_bundle, sha256_file, verify
 from .config import TrainConfig, artifacts_dir
 
 # %% ../nbs/lib/17_tracking.ipynb #520be9e5
@@ -85,15 +85,17 @@ def log_metrics(run_id:str, metrics:dict[str, float], prefix:str = ''):
 def register_bundle(
     run_id:str, # Run that made it
     bundle:str|Path,
+    oof:str|Path|None = None, # Folds of its training, `oof.parquet`, that a later training needs to go on from here
 )->int: # Version number
     "Verify and store a bundle, and register it as `challenger`."
     verify(bundle)
-    client = mlflow_client()
+    client,tags = mlflow_client(), dict(data_version=json.loads(Path(bundle, 'config.json').read_text(encoding='utf-8')).get('info', {}).get('data_version', ''))
     client.log_artifacts(run_id, str(bundle), 'bundle')
+    if oof and Path(oof).exists(): client.log_artifact(run_id, str(oof), 'training'); tags['oof_sha256'] = sha256_file(Path(oof))
     try: client.create_registered_model(MODEL)
     except MlflowException as e:
         if e.error_code != 'RESOURCE_ALREADY_EXISTS': raise
-    mv = client.create_model_version(MODEL, f'{client.get_run(run_id).info.artifact_uri}/bundle', run_id)
+    mv = client.create_model_version(MODEL, f'{client.get_run(run_id).info.artifact_uri}/bundle', run_id, tags=tags)
     client.set_registered_model_alias(MODEL, 'challenger', mv.version)
     return int(mv.version)
 
@@ -112,9 +114,7 @@ def resolve_model(
     uri:str # Folder, `models:/rakuten-mm@alias` or `models:/rakuten-mm/version`
 )->tuple[Path, str]: # Bundle folder and the version's name
     "A verified bundle; raises `FileNotFoundError` when there is no such model, or `BundleError`."
-    if not uri.startswith('models:/'):
-        if not Path(uri).is_dir(): raise FileNotFoundError(f'{uri}: no such bundle')
-        verify(uri); return Path(uri), Path(uri).name
+    if not uri.startswith('models:/'): return open_bundle(uri)
     name,_,alias = uri.removeprefix('models:/').partition('@')
     name,_,version = name.partition('/')
     if alias: version = str(alias_version(alias) or '')
@@ -127,4 +127,21 @@ def resolve_model(
         got = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(stage))
         verify(got); Path(got).rename(dest); shutil.rmtree(stage)
     verify(dest)
-    return dest, f'{name}/{version}'
+    return dest.resolve(), f'{name}/{version}'
+
+# %% ../nbs/lib/17_tracking.ipynb #7c0a41d3
+def resolve_training(
+    version:int
+)->Path|None: # Folder for `fit(init=...)`: `bundle/` and `oof.parquet`; None if its folds were not kept
+    "What a training goes on from; raises `FileNotFoundError` when there is no such version, or `BundleError`."
+    bundle,_ = resolve_model(f'models:/{MODEL}/{version}')
+    mv = mlflow_client().get_model_version(MODEL, str(version))
+    if 'oof_sha256' not in mv.tags: return None
+    dest = bundle.with_name(f'training-{bundle.name}')
+    if not dest.exists():
+        stage = dest.with_name(f'.{dest.name}-{os.getpid()}'); stage.mkdir(parents=True, exist_ok=True)
+        got = Path(mlflow.artifacts.download_artifacts(run_id=mv.run_id, artifact_path='training/oof.parquet', dst_path=str(stage/'got')))
+        got.rename(stage/'oof.parquet'); shutil.rmtree(stage/'got')
+        shutil.copytree(bundle, stage/'bundle'); stage.rename(dest)
+    if sha256_file(dest/'oof.parquet') != mv.tags['oof_sha256']: raise BundleError(f'{dest}/oof.parquet is not what was registered; delete {dest}')
+    return dest
