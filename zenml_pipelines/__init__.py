@@ -2,6 +2,7 @@
 
 The pipelines are imported when asked for, because importing ZenML takes seconds that `run_notebook` does not need.
 """
+from dataclasses import asdict
 from importlib import import_module
 
 from rakuten_mm.config import load_environment
@@ -13,4 +14,6 @@ PIPELINES = ('ingestion', 'training', 'api_check')
 
 def __getattr__(name):
     if name not in PIPELINES: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(import_module(f'{__name__}.pipelines.{name}'), name)
+    from rakuten_mm.process import card_of
+    # Whose process a run is, from its first moment on: `rakuten-mm runs abandon` looks for those that are gone.
+    return getattr(import_module(f'{__name__}.pipelines.{name}'), name).with_options(extra=dict(process=asdict(card_of())))

@@ -7,6 +7,7 @@ import mlflow
 from zenml import get_step_context
 
 from rakuten_mm.config import artifacts_dir
+from rakuten_mm.process import card_of
 
 
 class StepRun(NamedTuple):
@@ -21,6 +22,8 @@ def step_run(
     "The current step's MLflow run and output folder. Kernels and the library learn both from the environment."
     os.environ['RAKUTEN_MM_ARTIFACTS'] = str(Path(artifacts).resolve() if artifacts else artifacts_dir())
     run = mlflow.active_run()
-    if run: os.environ['MLFLOW_TRACKING_URI'] = mlflow.get_tracking_uri()
+    if run:
+        os.environ['MLFLOW_TRACKING_URI'] = mlflow.get_tracking_uri()
+        mlflow.set_tags(card_of().tags())
     context = get_step_context()
     return StepRun(run.info.run_id if run else '', artifacts_dir()/'runs'/context.pipeline_run.name/context.step_run.name)
