@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 from . import __version__
 from .config import PRESETS, load_environment
+from serving.config import ROLES
 
 # %% ../nbs/lib/21_cli.ipynb #4f1eb803
 class Friendly(click.Group):
@@ -219,7 +220,7 @@ def store():
 # %% ../nbs/lib/21_cli.ipynb #0b7c5a13
 @users.command()
 @click.argument('name')
-@click.option('--role', type=click.Choice(['predict', 'review', 'admin']), default='predict', help='Each may do what those before it may.')
+@click.option('--role', type=click.Choice(ROLES), default='predict', help='Each may do what those before it may.')
 @click.password_option(help='Asked for if left out; do not leave it in a shell history.')
 def add(name, role, password):
     "Add a user, or give one another password or role."

@@ -201,14 +201,14 @@ def add_golden(
     bundle:str|Path,
     rows:pd.DataFrame, # Test rows: designation, description, image, prdtypecode
     images_dir:str|Path,
-)->list[dict]: # designation, description, image (base64 or None), prdtypecode, probability
+)->list[dict]: # designation, description, image (base64 or None), target (its class), prdtypecode and probability (the answer)
     "Ask the bundle about one listing per class, keep its answers in it, and seal it again."
     model,golden = Predictor.load(bundle), []
     for r in rows.drop_duplicates('prdtypecode').sort_values('prdtypecode').itertuples():
         data = Path(images_dir, r.image).read_bytes() if r.image else None
         answer = model.predict([model.prepare(r.designation, r.description, data)])[0]
         golden.append(dict(designation=r.designation, description=r.description, image=base64.b64encode(data).decode() if data else None,
-                           prdtypecode=answer.prdtypecode, probability=answer.probability))
+                           target=int(r.prdtypecode), prdtypecode=answer.prdtypecode, probability=answer.probability))
     Path(bundle, 'golden').mkdir(exist_ok=True)
     Path(bundle, 'golden', 'golden.json').write_text(json.dumps(golden, ensure_ascii=False), encoding='utf-8')
     seal(bundle)

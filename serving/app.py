@@ -1,7 +1,6 @@
 "The pages of the API."
 import asyncio
 import hashlib
-import io
 import json
 import uuid
 from datetime import UTC, datetime
@@ -14,9 +13,8 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from fastapi.staticfiles import StaticFiles
 from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
-from starlette.datastructures import UploadFile
 
-from rakuten_mm.image import InvalidImage, decode_image
+from rakuten_mm.image import InvalidImage
 from rakuten_mm.taxonomy import CATEGORIES
 from serving import metrics
 from serving.auth import Access, Who
@@ -24,10 +22,10 @@ from serving.config import ServeConfig
 from serving.engine import Engine
 from serving.errors import Refused, of_validation
 from serving.follow import Follower
+from serving.forms import FORM, LOGIN, listing_of_form, login_of_form, small_jpeg
 from serving.gate import Places
 from serving.schema import (
     MAX_BATCH,
-    MAX_TEXT,
     BatchItem,
     BatchRequest,
     BatchResponse,
@@ -80,18 +78,19 @@ class Service:
         both = lambda c: dict(fr=CATEGORIES[c].fr, en=CATEGORIES[c].en) if c in CATEGORIES else dict(fr=names[c], en=names[c])
         return [CategoryName(prdtypecode=c, **both(c)) for c in sorted(codes)]
 
-    async def predict(self, r:PredictRequest, who:Who)->PredictResponse:
-        "A ranked answer, recorded."
+    async def predict(self, r:PredictRequest, who:Who, probe:bool=False)->PredictResponse:
+        "A ranked answer, recorded; to a `probe` it is the model's own, and leaves no trace in what people review and drift is told from."
         text = hashlib.sha256(f'{r.designation}\0{r.description or ""}'.encode()).hexdigest()
         image = hashlib.sha256(r.image).hexdigest() if r.image else ''
         key = self.engine.version, text, image
-        found = self.answers.get(key) if self.answers is not None else None
+        found = self.answers.get(key) if self.answers is not None and not probe else None
         if found: metrics.CACHED.inc()
         else:
             found = await self.engine.ask('predict', dict(designation=r.designation, description=r.description, image=r.image))
             if self.answers is not None: self.answers[found[0], text, image] = found
         version,answer = found
         out = PredictResponse(**answer | dict(top_k=answer['top_k'][:r.top_k]), prediction_id=str(uuid.uuid4()), model_version=version)
+        if probe: return out
         metrics.LANES.labels(out.lane, version).inc()
         self.record(r, out, answer, who, text, image)
         return out
@@ -118,30 +117,7 @@ class Service:
 def who_asks(request:Request)->Who: return request.state.who
 
 
-async def of_form(request:Request)->PredictRequest:
-    "A listing from `multipart/form-data`; raises 422 for fields that are unknown, there twice, or of the wrong kind."
-    if not request.headers.get('content-type', '').lower().startswith('multipart/form-data'): raise Refused(415, 'send multipart/form-data')
-    values = {}
-    async with request.form(max_files=4, max_fields=16, max_part_size=200_000) as form:
-        for name,v in form.multi_items():
-            if name not in ('designation', 'description', 'image', 'top_k'): raise Refused(422, 'is no field of a listing', field=name[:64])
-            if name in values: raise Refused(422, 'is there twice', field=name)
-            if isinstance(v, UploadFile) != (name == 'image'): raise Refused(422, 'must be a file' if name == 'image' else 'must be text', field=name)
-            values[name] = await v.read() if name == 'image' else v
-    image,top_k = values.pop('image', None), values.get('top_k', '3')
-    if not (top_k.isascii() and top_k.isdigit() and len(top_k) < 5): raise Refused(422, 'must be a whole number', field='top_k')
-    try: return PredictRequest(**values | dict(top_k=int(top_k), image=image))
-    except ValidationError as e: raise Refused(422, (error := of_validation(e)).message, field=error.fields[0].field) from None
-
-
-FORM = {'requestBody': {'required': True, 'content': {'multipart/form-data': {'schema': {'type': 'object', 'properties': {
-    'designation': {'type': 'string', 'maxLength': MAX_TEXT}, 'description': {'type': 'string', 'maxLength': MAX_TEXT},
-    'image': {'type': 'string', 'format': 'binary', 'description': 'JPEG, PNG, WEBP, GIF or BMP file'},
-    'top_k': {'type': 'integer', 'minimum': 1, 'maximum': 100, 'default': 3}}, 'additionalProperties': False}}}}}
-LOGIN = {'requestBody': {'required': True, 'content': {'application/x-www-form-urlencoded': {'schema': {
-    'type': 'object', 'required': ['username', 'password'], 'properties': {
-        'grant_type': {'type': 'string', 'const': 'password'}, 'username': {'type': 'string', 'minLength': 1},
-        'password': {'type': 'string', 'format': 'password', 'minLength': 1}}}}}}}
+def is_probe(request:Request)->bool: return request.headers.get('x-probe') == '1'
 
 
 def install(app:FastAPI, service:Service, access:Access):
@@ -156,10 +132,11 @@ def install(app:FastAPI, service:Service, access:Access):
 def answers(app:FastAPI, service:Service):
     "Pages that ask the model."
     @app.post('/predict', tags=['prediction'], summary='File a listing under a category')
-    async def predict(listing:PredictRequest, request:Request)->PredictResponse: return await service.predict(listing, who_asks(request))
+    async def predict(listing:PredictRequest, request:Request)->PredictResponse:
+        return await service.predict(listing, who_asks(request), is_probe(request))
 
     @app.post('/predict/upload', tags=['prediction'], summary='The same, from a form with a file', openapi_extra=FORM)
-    async def upload(request:Request)->PredictResponse: return await service.predict(await of_form(request), who_asks(request))
+    async def upload(request:Request)->PredictResponse: return await service.predict(await listing_of_form(request), who_asks(request))
 
     @app.post('/predict/batch', tags=['prediction'], summary=f'File up to {MAX_BATCH} listings; each has an answer or an error of its own')
     async def batch(listings:BatchRequest, request:Request)->BatchResponse:
@@ -182,15 +159,7 @@ def people(app:FastAPI, service:Service, access:Access):
 
     @app.post('/token', tags=['access'], summary='A short-lived bearer token for a user and password (OAuth 2)', openapi_extra=LOGIN)
     async def token(request:Request)->Token:
-        if not request.headers.get('content-type', '').lower().startswith('application/x-www-form-urlencoded'):
-            raise Refused(415, 'send application/x-www-form-urlencoded')
-        form = await request.form(max_fields=8)
-        values = {k: v for k,v in form.multi_items() if isinstance(v, str)}
-        if values.get('grant_type', 'password') != 'password': raise Refused(422, 'must be password', field='grant_type')
-        for k in ('username', 'password'):
-            if not values.get(k): raise Refused(422, 'is missing', field=k)
-        pair = f"{values['username']}:{values['password']}".encode('utf-8', 'surrogatepass')
-        who = await access.check(pair, request.state.client)
+        who = await access.check(await login_of_form(request), request.state.client)
         if who is None: access.wrong(request.state.client)
         return Token(**access.token(who))
 
@@ -226,14 +195,6 @@ def people(app:FastAPI, service:Service, access:Access):
 
     @app.exception_handler(SQLAlchemyError)
     async def no_database(request, exc): raise Refused(503, 'the database cannot be reached; nothing was stored', 'no_database', headers={'Retry-After': '5'})
-
-
-def small_jpeg(path:Path, size:int=640)->bytes:
-    "A picture for the page, encoded here: what was uploaded is not sent back as it came."
-    im = decode_image(path.read_bytes(), size)
-    im.thumbnail((size, size))
-    im.save(buf := io.BytesIO(), 'JPEG', quality=85)
-    return buf.getvalue()
 
 
 def state(app:FastAPI, service:Service):

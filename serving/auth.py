@@ -20,11 +20,10 @@ from limits import RateLimitItem, parse
 from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
 
-from serving.config import ServeConfig
+from serving.config import ROLES, ServeConfig
 from serving.errors import Refused
 from serving.store import Store
 
-ROLES = ['predict', 'review', 'admin'] # Each may do what those before it may
 CHALLENGE = {'WWW-Authenticate': 'Basic realm="rakuten-mm", charset="UTF-8", Bearer'}
 NAME = re.compile(r'[A-Za-z0-9_.@-]{1,64}')
 hasher = PasswordHasher()

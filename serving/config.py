@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rakuten_mm.config import artifacts_dir
 
+ROLES = ('predict', 'review', 'admin') # Of users; each may do what those before it may
 PAGES = {'docs': ('/docs', '/openapi.json', '/static-docs'), 'metrics': ('/metrics',), 'version': ('/version',), 'categories': ('/categories',)}
 
 

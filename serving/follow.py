@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from rakuten_mm.config import artifacts_dir
-from rakuten_mm.seal import BundleError, verify, write_atomic
+from rakuten_mm.seal import BundleError, open_bundle, verify, write_atomic
 from serving import metrics
 from serving.config import ServeConfig
 from serving.engine import Engine
@@ -32,13 +32,9 @@ def remember(model:str, bundle:str, version:str):
 def resolve(model:str)->tuple[Path, str]:
     "A verified bundle and its version's name; raises `FileNotFoundError` or `BundleError`, or whatever MLflow does."
     for k,v in dict(MLFLOW_HTTP_REQUEST_MAX_RETRIES='1', MLFLOW_HTTP_REQUEST_TIMEOUT='10').items(): os.environ.setdefault(k, v)
-    if not model.startswith('models:/'):
-        if not Path(model).is_dir(): raise FileNotFoundError(f'{model}: no such bundle')
-        verify(model)
-        return Path(model).resolve(), Path(model).name
-    from rakuten_mm.tracking import resolve_model  # MLflow takes seconds to import; the worker does without
-    bundle,version = resolve_model(model)
-    return bundle.resolve(), version
+    if not model.startswith('models:/'): return open_bundle(model)
+    from rakuten_mm.tracking import resolve_model  # MLflow takes seconds to import; a folder does without
+    return resolve_model(model)
 
 
 def first(model:str)->tuple[Path, str, str]: # Bundle, version, and why the registry was not asked

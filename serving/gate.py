@@ -9,6 +9,7 @@ import math
 import re
 import secrets
 import time
+import traceback
 
 import structlog
 from starlette.requests import ClientDisconnect
@@ -53,6 +54,15 @@ class Places:
 def under(path:str, roots)->bool: return any(path == r or path.startswith(r+'/') for r in roots)
 
 
+def trace(e:BaseException|None)->str:
+    "Where an exception and its causes come from: types and lines of code. Messages are left out, because they quote what was sent."
+    out = []
+    while e is not None:
+        out = [*traceback.format_tb(e.__traceback__), type(e).__name__+'\n', *out]
+        e = e.__cause__ or (None if e.__suppress_context__ else e.__context__)
+    return ''.join(out)
+
+
 class Gate:
     "ASGI middleware."
     def __init__(self, app:ASGIApp, access:Access, places:Places, cfg:ServeConfig):
@@ -68,7 +78,7 @@ class Gate:
         except ClientDisconnect: request.status = 499
         except Refused as e: await request.refuse(e)
         except Exception as e:
-            log.error('unexpected', request_id=request.id, error=f'{type(e).__name__}: {e}', exc_info=logging.getLogger().isEnabledFor(logging.DEBUG))
+            log.error('unexpected', request_id=request.id, path=request.scope['path'], trace=trace(e), exc_info=logging.getLogger().isEnabledFor(logging.DEBUG))
             await request.refuse(Refused(500, 'something went wrong here; the request id finds it in the log'))
         finally: request.note()
 

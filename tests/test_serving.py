@@ -19,6 +19,7 @@ from PIL import Image, features
 
 from rakuten_mm.api_check import APICheckError, check_auth, check_golden
 from rakuten_mm.predictor import Predictor, read_golden
+from serving.config import ServeConfig
 from serving.schema import MAX_BATCH, MAX_BODY
 from serving.server import make_server
 
@@ -409,10 +410,38 @@ def test_request_ids_and_log(http, server):
     assert line['path'] == '/predict' and line['status'] == 200 and line['user'] == USER and 'Piscine' not in str(line)
 
 
-def test_cache_remembers_answers(bundle):
+def test_unexpected_errors_are_logged_by_their_lines():
+    "Whoever reads the log finds the place and its causes, and nothing that was sent."
+    import asyncio
+
+    from structlog.testing import capture_logs
+
+    from serving.gate import Gate, Places
+    def deeper(sent): raise KeyError(sent)
+    async def app(scope, receive, send):
+        try: deeper(scope['query_string'].decode())
+        except KeyError as e: raise RuntimeError(f'cannot read {e}') from e
+    async def ask():
+        gate = Gate(app, None, Places(1), ServeConfig(open_pages='docs'))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url='http://server') as http: return await http.get('/docs?customer')
+    with capture_logs() as logs: r = asyncio.run(ask())
+    assert rejected(r, 500)['code'] == 'internal_error'
+    line = next(l for l in logs if l['event'] == 'unexpected')
+    assert line['log_level'] == 'error' and line['request_id'] == r.headers['x-request-id'] and 'customer' not in str(logs)
+    assert line['trace'].index('KeyError') < line['trace'].index('RuntimeError') and 'in deeper' in line['trace'] and __file__ in line['trace']
+
+
+def test_cache_and_probes(bundle):
+    "An answer is remembered; a probe is answered by the model itself, and leaves nothing for reviewers."
     with running_server(bundle, API_CACHE='100') as server, server.http() as http:
-        a,b = (http.post('/predict', json={'designation': 'Piscine ronde', 'top_k': k}).json() for k in (3, 2))
-        assert a['prediction_id'] != b['prediction_id'] and a['top_k'][:2] == b['top_k'] and server.metric('rakuten_cached_answers_total') == 1
+        ask = lambda k,**headers: http.post('/predict', json={'designation': 'Piscine ronde', 'top_k': k}, headers=headers).json()
+        figures = lambda: [server.metric(f'rakuten_{n}_total') for n in ('cached_answers', 'lanes')]
+        a,b = ask(3), ask(2)
+        assert a['prediction_id'] != b['prediction_id'] and a['top_k'][:2] == b['top_k'] and figures() == [1, 2]
+        probe = ask(3, **{'X-Probe': '1'})
+        assert probe['top_k'] == a['top_k'] and figures() == [1, 2]
+        say = lambda answer: http.post('/feedback', json=dict(prediction_id=answer['prediction_id'], prdtypecode=10)).status_code
+        assert say(probe) == 404 and say(a) == 200
 
 
 @pytest.mark.filterwarnings('ignore')
