@@ -1,0 +1,90 @@
+"""Runs that were killed and could not say so: found by the process they name, and ended, in the run history, in ZenML and in MLflow.
+
+Runs of other machines, and runs that name no process, are listed and left alone.
+"""
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from rakuten_mm.process import ProcessCard, from_tags, is_gone
+from zenml_pipelines.history import History
+
+WHY = 'its process is gone'
+
+
+@dataclass
+class LeftBehind:
+    "What was found."
+    ended:list[str] = field(default_factory=list) # Marked, or to be marked
+    alive:int = 0 # Runs that are at work
+    unknown:list[str] = field(default_factory=list) # Left alone, with the reason
+    errors:list[str] = field(default_factory=list) # Records that could not be read
+
+    def tell(self, gone:bool|None, name:str, card:ProcessCard|None):
+        "Note what is the case with a run."
+        if gone: self.ended.append(name)
+        elif gone is None: self.unknown.append(f'{name}: '+(f'of host {card.host}' if card else 'names no process'))
+        else: self.alive += 1
+
+
+def abandon(
+    dry_run:bool = False, # Only look
+    gone_hosts:tuple[str, ...] = (), # Machines that are known not to come back
+)->LeftBehind:
+    "Mark all runs whose process is gone."
+    found,names = LeftBehind(), set()
+    for end in (end_history, end_zenml, end_mlflow):
+        try: end(found, names, dry_run, gone_hosts)
+        except Exception as e: found.errors.append(f"{end.__name__.removeprefix('end_')}: {type(e).__name__}: {e}")
+    return found
+
+
+def end_history(found:LeftBehind, names:set[str], dry_run:bool, gone_hosts:tuple[str, ...]):
+    "Rows of the run history."
+    done,unknown = History().settle(gone_hosts, dry_run)
+    found.ended += [f'history {r.job} {r.id[:8]}: {r.outcome}' for r in done]
+    found.unknown += [f'history {r.job} {r.id[:8]}: of host {r.host}' for r in unknown]
+
+
+def end_zenml(found:LeftBehind, names:set[str], dry_run:bool, gone_hosts:tuple[str, ...]):
+    "Runs and steps in ZenML; those of the local orchestrator only, because elsewhere the process that starts a run is not the one that runs it."
+    from zenml.client import Client
+    from zenml.enums import ExecutionStatus, StackComponentType
+    from zenml.models import PipelineRunUpdate, StepRunUpdate
+    from zenml.utils.pagination_utils import depaginate
+    from zenml.utils.time_utils import utc_now
+    client = Client()
+    open_states = [s.value for s in ExecutionStatus if not s.is_finished and s != ExecutionStatus.PAUSED]
+    states = f"oneof:{open_states}".replace("'", '"')
+    for run in depaginate(client.list_pipeline_runs, status=states, hydrate=True):
+        local = run.stack and all(c.flavor_name == 'local' for c in run.stack.components[StackComponentType.ORCHESTRATOR])
+        card = ProcessCard(**run.config.extra['process']) if local and 'process' in run.config.extra else None
+        found.tell(gone := is_gone(card, gone_hosts) if card else None, f'ZenML {run.name}', card)
+        if not gone: continue
+        names.add(run.name)
+        if dry_run: continue
+        for step in run.steps.values():
+            if not step.status.is_finished: client.zen_store.update_run_step(step.id, StepRunUpdate(status=ExecutionStatus.FAILED, end_time=utc_now()))
+        client.zen_store.update_run(run.id, PipelineRunUpdate(status=ExecutionStatus.FAILED, status_reason=f'abandoned: {WHY}'))
+
+
+def running_mlflow()->Iterator:
+    "All runs that MLflow believes to be at work."
+    from rakuten_mm.tracking import EXPERIMENT, mlflow_client
+    client,token = mlflow_client(), None
+    where = [client.get_experiment_by_name(EXPERIMENT).experiment_id]
+    while True:
+        page = client.search_runs(where, "attributes.status = 'RUNNING'", max_results=500, page_token=token)
+        yield from page
+        if not (token := page.token): return
+
+
+def end_mlflow(found:LeftBehind, names:set[str], dry_run:bool, gone_hosts:tuple[str, ...]):
+    "Runs in MLflow, those of a pipeline run that was killed before it could leave its card too."
+    from rakuten_mm.tracking import mlflow_client
+    for run in list(running_mlflow()):
+        card = from_tags(run.data.tags)
+        gone = is_gone(card, gone_hosts) if card else (run.info.run_name in names or None)
+        found.tell(gone, f'MLflow {run.info.run_name}', card)
+        if not gone or dry_run: continue
+        mlflow_client().set_tag(run.info.run_id, 'abandoned', WHY)
+        mlflow_client().set_terminated(run.info.run_id, 'KILLED')
