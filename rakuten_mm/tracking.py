@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from .seal import BundleError, open_bundle, sha256_file, verify
 from .config import TrainConfig, artifacts_dir
+from .process import card_of
 
 # %% ../nbs/lib/17_tracking.ipynb #520be9e5
 EXPERIMENT = MODEL = 'rakuten-mm'
@@ -47,7 +48,7 @@ def tracked_run(
     "Context with a run id; a run made here is ended here."
     client = mlflow_client()
     if run_id: yield run_id; return
-    tags = {'mlflow.parentRunId': parent} if parent else {}
+    tags = card_of().tags() | ({'mlflow.parentRunId': parent} if parent else {})
     run = client.create_run(client.get_experiment_by_name(EXPERIMENT).experiment_id, run_name=name, tags=tags).info.run_id
     status = 'FAILED'
     try: yield run; status = 'FINISHED'
