@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Correction', 'text_hash', 'latest', 'find_known', 'served_id', 'Collected', 'sort_out', 'write_rows',
-           'write_delivery', 'bought']
+           'write_delivery', 'judged', 'bought']
 
 # %% ../nbs/lib/19b_feedback.ipynb #e08a8e72
 import csv, hashlib, os, shutil
@@ -121,20 +121,28 @@ def write_delivery(
     stage.rename(dest)
     return counts
 
-# %% ../nbs/lib/19b_feedback.ipynb #013526d0
-def bought(
+# %% ../nbs/lib/19b_feedback.ipynb #da8cca2a
+def judged(
     corrections:list[Correction],
+    data:Dataset|None, # What was known when they were collected
+)->pd.DataFrame: # productid, answered, prdtypecode, said_at (UTC)
+    "What was answered and what reviewers say, by the product that training will find."
+    some = latest(corrections)
+    ids = find_known(some, data) if data else {}
+    rows = [(ids.get(c.key, served_id(c.key)), c.answered, c.prdtypecode, c.said_at) for c in some]
+    return pd.DataFrame(rows, columns=['productid', 'answered', 'prdtypecode', 'said_at']).astype(dict(productid='int64', answered='int64', prdtypecode='int64', said_at='datetime64[us, UTC]'))
+
+def bought(
+    table:pd.DataFrame, # From `judged`
     oof:pd.DataFrame, # productid and `p_<code>`: out-of-fold probabilities of the new model's training
-    data:Dataset, # It was trained on
     since:datetime|None = None, # Only what reviewers said after this
-)->pd.DataFrame: # One row: corrections, right_when_served, right_now
+)->pd.Series: # corrections, right_when_served, right_now
     "How often listings like the corrected ones were answered right when they were served, and are now, by members that have not seen them."
-    some = [c for c in latest(corrections) if since is None or c.said_at > since]
-    ids = find_known(some, data)
-    table = pd.DataFrame([dict(productid=ids.get(c.key, served_id(c.key)), before=c.answered == c.prdtypecode, code=c.prdtypecode) for c in some], columns=['productid', 'before', 'code'])
-    codes = np.array([int(c.removeprefix('p_')) for c in oof.columns if c.startswith('p_')])
-    probs = oof.set_index('productid')[[f'p_{c}' for c in codes]]
-    table = table[table.productid.isin(probs.index)]
-    now = codes[probs.loc[table.productid].to_numpy().argmax(1)] == table.code if len(table) else table.before
-    share = lambda s: float(s.mean()) if len(s) else float('nan')
-    return pd.DataFrame([dict(corrections=len(table), right_when_served=share(table.before), right_now=share(now))])
+    t = table if since is None else table[table.said_at > since]
+    columns = [c for c in oof.columns if c.startswith('p_')]
+    probs = oof.set_index('productid')[columns] if len(oof) else pd.DataFrame()
+    t = t[t.productid.isin(probs.index)]
+    codes = np.array([int(c.removeprefix('p_')) for c in columns])
+    now = codes[probs.loc[t.productid].to_numpy().argmax(1)] if len(t) else np.array([], int)
+    share = lambda x: float(np.mean(x)) if len(t) else float('nan')
+    return pd.Series(dict(corrections=len(t), right_when_served=share(t.answered == t.prdtypecode), right_now=share(now == t.prdtypecode.to_numpy())))

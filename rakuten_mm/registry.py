@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUDIT', 'RegistryError', 'model_versions', 'get_version', 'record', 'history', 'ChampionMoved', 'move_champion',
-           'rolled_back', 'rollback', 'overview']
+           'rolled_back', 'rollback', 'champion_since', 'overview']
 
 # %% ../nbs/lib/17c_registry.ipynb #46619b35
 import getpass, json
@@ -97,7 +97,14 @@ def rollback(
     if rolled_back(back): client.delete_model_version_tag(MODEL, str(back), 'rolled_back')
     return back
 
-# %% ../nbs/lib/17c_registry.ipynb #ea89c12b
+# %% ../nbs/lib/17c_registry.ipynb #c59607ca
+def champion_since()->datetime|None:
+    "When the champion began to serve; None if there is none, or nobody wrote it down."
+    log,now = history(), alias_version('champion')
+    log = log[log.after == now] if now else log[:0]
+    return log.time.iloc[-1].to_pydatetime() if len(log) else None
+
+# %% ../nbs/lib/17c_registry.ipynb #5fa12c0e
 def overview()->pd.DataFrame: # version, aliases, created (UTC), data, decision, f1_weighted; newest first
     "What is registered, and what became of it."
     aliases = {}

@@ -193,6 +193,16 @@ class Store:
             for f in s.scalars(select(Feedback).where(Feedback.prediction_id.in_(ids)).order_by(Feedback.id)): out[f.prediction_id].append(f)
         return out
 
+    def verdicts(self)->list[tuple[Prediction, int, datetime]]: # The answer, the category that reviewers agree on, and when the last one spoke
+        "All that reviewers said, disagreements left out; oldest first."
+        self.waiting.join()
+        with Session(self.engine) as s:
+            said = {}
+            for f in s.scalars(select(Feedback).order_by(Feedback.id)): said.setdefault(f.prediction_id, []).append(f)
+            rows = s.scalars(select(Prediction).where(Prediction.id.in_(select(Feedback.prediction_id))).order_by(Prediction.created_at, Prediction.id)).all()
+        found = [(r, verdict(said[r.id]), said[r.id][-1].created_at) for r in rows]
+        return [f for f in found if f[1] is not None]
+
     def queue(self,
         limit:int = 20,
         reviewer:str = '', # Not what this one has judged already

@@ -1,13 +1,11 @@
-"Compare first, move the alias after."
-import json
-from dataclasses import asdict
+"Run promote.ipynb."
 from typing import Annotated
 
-import mlflow
 from zenml import step
 from zenml.logger import get_logger
 
 from zenml_pipelines.context import step_run
+from zenml_pipelines.run_notebook import run_notebook
 
 logger = get_logger(__name__)
 
@@ -18,14 +16,12 @@ def promote(
     artifacts_dir:str, # Everything is written below
     version:int, # Registered challenger
     test_scores:dict, # From the evaluation, which must have succeeded
+    train_dir:str='', # What the training step wrote
+    corrections:str='', # Table of the collected corrections, for what they bought
+    gate:dict|None=None, # Overrides of rakuten_mm.gate.GateConfig
 )->Annotated[bool, 'promoted']:
-    "Make the challenger champion if it is better on the test split."
-    from rakuten_mm import promotion
-    from rakuten_mm.dataset import Dataset
+    "Make the challenger champion if it passes the gate."
     run = step_run(artifacts_dir)
-    decision = promotion.promote(version, Dataset.open(data_dir))
-    mlflow.set_tags({f'promotion.{k}': v for k,v in asdict(decision).items()})
-    run.out_dir.mkdir(parents=True, exist_ok=True)
-    (run.out_dir/'decision.json').write_text(json.dumps(dict(asdict(decision), test=test_scores), indent=1))
-    logger.info('version %s %s: %s', version, 'is now champion' if decision.promoted else 'stays challenger', decision.reason)
-    return decision.promoted
+    result = run_notebook('promote', run.out_dir, run.run_id, data_dir=data_dir, version=version, train_dir=train_dir, corrections=corrections, gate=gate or {})
+    logger.info('version %s %s: %s; report in %s', version, 'is now champion' if result['promoted'] else 'stays challenger', result['reason'], run.out_dir)
+    return result['promoted']

@@ -2,9 +2,12 @@
 from typing import Annotated
 
 from zenml import step
+from zenml.logger import get_logger
 
 from zenml_pipelines.context import step_run
 from zenml_pipelines.run_notebook import run_notebook
+
+logger = get_logger(__name__)
 
 
 @step(experiment_tracker=True, enable_cache=False)
@@ -13,8 +16,13 @@ def train(
     artifacts_dir:str, # Everything is written below
     preset:str, # Named configuration
     seed:int,
+    go_on:bool=False, # From the champion's training, if there is one that fits; in a fraction of the time
 )->tuple[Annotated[str, 'train_dir'], Annotated[int, 'version']]:
     "A dataset becomes a registered challenger."
+    from rakuten_mm.tracking import alias_version, resolve_training
     run = step_run(artifacts_dir)
-    result = run_notebook('train', run.out_dir, run.run_id, data_dir=data_dir, preset=preset, seed=seed)
+    champion = alias_version('champion') if go_on else None
+    init = resolve_training(champion) if champion else None
+    logger.info('training goes on from %s', f'version {champion}' if init else 'nothing')
+    result = run_notebook('train', run.out_dir, run.run_id, data_dir=data_dir, preset=preset, seed=seed, init=str(init or ''))
     return str(run.out_dir), result['version']
