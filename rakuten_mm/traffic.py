@@ -6,9 +6,9 @@
 __all__ = ['FACTS', 'SKETCH', 'PARTS', 'small_detector', 'quick_language', 'listing_facts', 'projection', 'sketch', 'observe',
            'Traffic', 'assemble', 'of_served', 'of_dataset', 'facts_of', 'reference']
 
-# %% ../nbs/lib/16d_traffic.ipynb #33e343ad
+# %% ../nbs/lib/16d_traffic.ipynb #a00c4197
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 import numpy as np, pandas as pd, torch
 from PIL import Image
@@ -21,6 +21,7 @@ from .embedding import load_squares
 from .image import content_box, thumbnail
 from .predictor import Predictor, Prepared
 from .text import LANGUAGES
+from .two_sample import effective
 
 # %% ../nbs/lib/16d_traffic.ipynb #761bfbd9
 @cache
@@ -77,7 +78,7 @@ def observe(
     short = sketch(vectors)
     return probs, [{m: v[i].tolist() if m in model.seen(p) else None for m,v in short.items()} for i,p in enumerate(items)]
 
-# %% ../nbs/lib/16d_traffic.ipynb #95446ac8
+# %% ../nbs/lib/16d_traffic.ipynb #3ae1c9fa
 PARTS = 'text','description','image'
 
 @dataclass
@@ -88,6 +89,8 @@ class Traffic:
     sketches:dict[str, np.ndarray] # (N, 16) by part, NaN where it is not there
     codes:list[int] # Code of each class index
     labels:np.ndarray|None = None # (N,) class index, where it is known
+    mix:np.ndarray|None = None # (K,) class mix of the whole version, for a reference
+    mix_size:float = 0. # Effective number of listings that `mix` rests on
 
     def __len__(self): return len(self.table)
 
@@ -95,8 +98,9 @@ class Traffic:
         rows:np.ndarray # Row numbers, or a mask
     )->'Traffic':
         "Some of the listings."
-        return Traffic(self.table.iloc[rows].reset_index(drop=True) if np.asarray(rows).dtype != bool else self.table[rows].reset_index(drop=True),
-                       self.probs[rows], {m: s[rows] for m,s in self.sketches.items()}, self.codes, None if self.labels is None else self.labels[rows])
+        rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows)
+        return replace(self, table=self.table.iloc[rows].reset_index(drop=True), probs=self.probs[rows], sketches={m: s[rows] for m,s in self.sketches.items()},
+                       labels=None if self.labels is None else self.labels[rows])
 
 # %% ../nbs/lib/16d_traffic.ipynb #c9c0d94a
 def assemble(
@@ -152,15 +156,17 @@ def facts_of(rows:pd.DataFrame, images_dir, size:int|None)->list[dict]:
     squares = load_squares([n for n in rows.image.unique() if n], images_dir, size) if size else {}
     return [listing_facts(Prepared(r.title, r.text, squares.get(r.image), size=(r.width, r.height))) for r in rows.itertuples()]
 
-# %% ../nbs/lib/16d_traffic.ipynb #2193182d
+# %% ../nbs/lib/16d_traffic.ipynb #1b4aa53f
 def reference(
     model:Predictor,
     data:Dataset, # The version that the model was trained on
     max_rows:int = 5_000, # Sample of the test split
     seed:int = 0,
     progress:bool = True,
-)->Traffic: # With labels
+)->Traffic: # With labels and mix
     "Held-out listings of the training version, in their order."
-    rows = data.products[data.products.split == 'test']
-    if len(rows) > max_rows: rows = rows.sample(max_rows, random_state=seed)
-    return of_dataset(model, rows.sort_values('id'), data.images_dir, progress=progress)
+    df = data.products.sort_values('id')
+    rows = df[df.split == 'test']
+    if len(rows) > max_rows: rows = rows.sample(max_rows, random_state=seed).sort_values('id')
+    each = np.eye(len(model.codes), dtype='float32')[pd.Categorical(df.prdtypecode, categories=model.codes).codes]
+    return replace(of_dataset(model, rows, data.images_dir, progress=progress), mix=each.mean(0), mix_size=effective(each))
