@@ -150,8 +150,9 @@ class History:
         "Up to when runs of a job have been started or refused; a job that is new or has another cron expression begins now."
         row = self.attempt(lambda c: c.execute('select cron, until from jobs where name = ?', (job,)).fetchone())
         known = [u for c,u in filter(None, (row, self.until.get(job))) if c == cron]
-        if not known: self.claim(job, cron, now)
-        return min(max(known, default=now), now)
+        if known and max(known) < now+60: return min(max(known), now)
+        self.claim(job, cron, now)  # also if the clock was set back
+        return now
 
     def claim(self, job:str, cron:str, until:float):
         "Note that whatever was due up to a time is taken care of."

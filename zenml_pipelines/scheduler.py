@@ -64,7 +64,7 @@ class Scheduler:
             state,due = self.active.get(job.name), job.next_time(self.history.claimed_until(job.name, job.cron, now))
             if due <= now and state == 'running':
                 self.history.claim(job.name, job.cron, now)
-                self.runner.refuse(Run(job.name, job.pipeline, 'schedule', due, started=now))
+                self.runner.refuse(Run(job.name, job.pipeline, 'schedule', due))
             elif state: pass
             elif due <= now: self._submit(job, Due(self, job, due))
             elif request_path(job.name).exists(): self._submit(job, Asked(self, job))
