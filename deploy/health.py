@@ -1,0 +1,119 @@
+"""Is a service well? Exit code 0 if so; otherwise 1, and one line that says what is wrong.
+
+    python deploy/health.py mlflow|champion|fetch|database|scheduler|api ...
+
+Compose runs this as health check, start.py waits with it, up.sh reports it. It needs no library, because it runs every few seconds.
+Addresses, folders and credentials come from the environment, so that no command line shows them.
+"""
+import base64
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlencode, urlsplit
+
+LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy for the internet does not know these addresses
+
+
+class Unwell(Exception):
+    "Why a service is not well."
+
+
+def artifacts()->Path:
+    "Where runs write."
+    return Path(os.environ.get('RAKUTEN_MM_ARTIFACTS', 'artifacts'))
+
+
+def get(
+    url:str,
+    user:str='',
+    password:str='',
+    timeout_s:float=5,
+)->bytes:
+    "The body of a 200; raises `HTTPError` for another answer, `Unwell` for none."
+    headers = {'Authorization': 'Basic '+base64.b64encode(f'{user}:{password}'.encode()).decode()} if user else {}
+    try:
+        with LOCAL.open(urllib.request.Request(url, headers=headers), timeout=timeout_s) as r: return r.read()
+    except urllib.error.HTTPError: raise
+    except (OSError, ValueError) as e: raise Unwell(f'no answer ({getattr(e, "reason", e)})') from None
+
+
+def ask_mlflow(path:str, **query)->dict:
+    "A reply of the tracking server's API, with our login; raises `Unwell`."
+    env = os.environ
+    try:
+        reply = get(f"{env['MLFLOW_TRACKING_URI'].rstrip('/')}/api/2.0/mlflow/{path}?{urlencode(query)}",
+                    env.get('MLFLOW_TRACKING_USERNAME', ''), env.get('MLFLOW_TRACKING_PASSWORD', ''))
+    except urllib.error.HTTPError as e:
+        hint = '; is MLFLOW_TRACKING_PASSWORD the password of its first start?' if e.code == 401 else ''
+        raise Unwell(f'answers {e.code}{hint}') from None
+    return json.loads(reply)
+
+
+def mlflow():
+    "It answers, its database does, and our login is right."
+    ask_mlflow('experiments/get-by-name', experiment_name='Default')
+
+
+def champion():
+    "There is a model to serve: in the registry, or kept here from before."
+    if (artifacts()/'models'/'rakuten-mm-champion.json').exists(): return
+    try: ask_mlflow('registered-models/alias', name='rakuten-mm', alias='champion')
+    except Unwell as e: raise Unwell('no model was promoted yet' if str(e) in ('answers 404', 'answers 400') else f'MLflow {e}') from None
+
+
+def fetch():
+    "A delivery has arrived whole, and the loop is alive."
+    state = Path(os.environ['RAKUTEN_MM_RAW'])/'.fetch'
+    last = json.loads((state/'last.json').read_text()) if (state/'last.json').exists() else dict(time=0, error='')
+    if not (state/'whole').exists(): raise Unwell(last['error'] or 'the first delivery has not arrived yet')
+    if time.time()-last['time'] < 2*float(os.environ.get('RAKUTEN_MM_FETCH_EVERY', 3600))+60: return
+    with open(state/'lock', 'a') as lock:
+        try: fcntl.flock(lock, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        except BlockingIOError: return  # a long fetch, or an ingestion that it waits for
+    raise Unwell(f'the last fetch was {(time.time()-last["time"])/60:.0f} minutes ago')
+
+
+def database():
+    "The server's database takes connections; SQLite needs nobody."
+    url = urlsplit(os.environ.get('API_DATABASE_URL', ''))
+    if not url.scheme.startswith('postgresql'): return
+    try: socket.create_connection((url.hostname or '127.0.0.1', url.port or 5432), timeout=5).close()
+    except OSError as e: raise Unwell(f'no answer ({e})') from None
+
+
+def scheduler():
+    "What it says of itself."
+    r = subprocess.run(['rakuten-mm', 'scheduler', 'health'], capture_output=True, text=True, timeout=30)
+    if r.returncode: raise Unwell((r.stdout+r.stderr).strip().split('\n')[-1])
+
+
+def api():
+    "It has a model and answers."
+    url = os.environ.get('API_URL', 'http://127.0.0.1:8080')
+    try: get(f'{url}/ready')
+    except urllib.error.HTTPError as e: raise Unwell(f'answers {e.code}') from None
+
+
+CHECKS = {f.__name__: f for f in (mlflow, champion, fetch, database, scheduler, api)}
+
+
+def problem(
+    name:str # Of `CHECKS`
+)->str:
+    "What is wrong with a service, or empty."
+    try: CHECKS[name]()
+    except Exception as e: return f'{name}: {e if isinstance(e, Unwell) else f"{type(e).__name__}: {e}"}'
+    return ''
+
+
+if __name__ == '__main__':
+    if not sys.argv[1:] or not CHECKS.keys() >= set(sys.argv[1:]): sys.exit(__doc__)
+    for name in sys.argv[1:]:
+        if said := problem(name): sys.exit(said)

@@ -1,0 +1,315 @@
+"""Bring up the whole system on this machine: MLflow, fetch, scheduler and API under supervisord, with one log and a clean stop.
+
+    scripts/up.sh [up]      start, go on until Ctrl+C or SIGTERM
+    scripts/up.sh status    how the services are
+    scripts/up.sh stop      end a system that runs elsewhere
+    scripts/up.sh run ...   a command that talks to it: scripts/up.sh run rakuten-mm registry list
+
+It reads .env, and makes one with passwords if there is none. Where RAKUTEN_MM_REMOTE is empty it writes a synthetic delivery and fetches that.
+"""
+import argparse
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+import yaml
+from dotenv import dotenv_values
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/'deploy'))
+from health import LOCAL, problem  # noqa: E402
+from start import end_with_parent, marked  # noqa: E402
+
+SERVICES = ('mlflow', 'fetch', 'scheduler', 'api')
+NEEDED = ('API_USERNAME', 'API_PASSWORD', 'MLFLOW_TRACKING_USERNAME', 'MLFLOW_TRACKING_PASSWORD', 'MLFLOW_FLASK_SERVER_SECRET_KEY')
+LISTING = dict(designation='Robot électrique pour piscine', description='Nettoie le fond, les parois et la ligne d’eau.')
+log = logging.getLogger('up')
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+def make_env_file(path:Path):
+    "`.env.example` with passwords of its own, for this user's eyes only."
+    fill = lambda m: m[0]+secrets.token_urlsafe(32)
+    text = re.sub(r'^\w*(?:PASSWORD|SECRET|SECRET_KEY)=$', fill, (ROOT/'.env.example').read_text(), flags=re.M)
+    with os.fdopen(os.open(path, os.O_WRONLY|os.O_CREAT|os.O_EXCL, 0o600), 'w') as f: f.write(text)
+
+
+def port_is_free(port:int)->bool:
+    "Whether this machine's loopback address has nobody there."
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try: s.bind(('127.0.0.1', port))
+        except OSError: return False
+    return True
+
+
+def choose_port(
+    asked:int|None, # By the user, who means it
+    usual:int, # Another one will do
+    option:str,
+)->int:
+    "A port to listen on; ends the program if the one that was asked for is taken."
+    if asked and not port_is_free(asked): sys.exit(f'port {asked} is taken; {option} chooses another')
+    if asked or port_is_free(usual): return asked or usual
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+
+def socket_path(up:Path)->Path:
+    "Where supervisord is spoken to: in a folder of this user's own, because a socket's path may not be long."
+    folder = Path(tempfile.gettempdir())/f'rakuten-mm-{os.getuid()}'
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.is_symlink(): sys.exit(f'{folder} belongs to somebody else')
+    folder.chmod(0o700)
+    return folder/f'{hashlib.sha256(str(up).encode()).hexdigest()[:12]}.sock'
+
+
+def environment(
+    home:Path, # Has `.env`, `data/` and `artifacts/`
+    chosen:dict, # port, mlflow_port, every, rows, preset
+)->dict[str, str]:
+    "What every service finds in its environment; ends the program if `.env` lacks something."
+    env = {k: v for k,v in dotenv_values(home/'.env').items() if v is not None} | os.environ
+    if missing := [k for k in NEEDED if not env.get(k)]:
+        sys.exit(f"{home/'.env'} has no {', '.join(missing)}; a good password: python -c 'import secrets; print(secrets.token_urlsafe(32))'")
+    up,mlflow = home/'artifacts'/'up', f"127.0.0.1:{chosen['mlflow_port']}"
+    own = dict(RAKUTEN_MM_CHECKOUT=ROOT, RAKUTEN_MM_ARTIFACTS=home/'artifacts', RAKUTEN_MM_RAW=home/'data'/'raw', RAKUTEN_MM_DATA=home/'data'/'catalogue',
+               RAKUTEN_MM_UP=up, RAKUTEN_MM_SOCKET=socket_path(up), RAKUTEN_MM_API_PORT=chosen['port'], API_URL=f"http://127.0.0.1:{chosen['port']}",
+               RAKUTEN_MM_SCHEDULE=home/'artifacts'/'schedule'/'schedule.yaml', ZENML_CONFIG_PATH=up/'zenml', OMP_WAIT_POLICY='passive', PYTHONUNBUFFERED='1',
+               MLFLOW_TRACKING_URI=f'http://{mlflow}', MLFLOW_HOST='127.0.0.1', MLFLOW_PORT=chosen['mlflow_port'],
+               MLFLOW_SERVER_ALLOWED_HOSTS=f"{mlflow},localhost:{chosen['mlflow_port']}", MLFLOW_SERVER_CORS_ALLOWED_ORIGINS=f'http://{mlflow}',
+               MLFLOW_SERVER_ENABLE_JOB_EXECUTION='false', MLFLOW_AUTH_CONFIG_PATH=ROOT/'deploy'/'mlflow.ini',
+               MLFLOW_AUTH_ADMIN_USERNAME=env['MLFLOW_TRACKING_USERNAME'], MLFLOW_AUTH_ADMIN_PASSWORD=env['MLFLOW_TRACKING_PASSWORD'])
+    env.setdefault('RAKUTEN_MM_FETCH_EVERY', '3600')
+    if not env.get('RAKUTEN_MM_REMOTE'): own |= dict(RAKUTEN_MM_REMOTE=home/'data'/'synthetic', RAKUTEN_MM_SYNTHETIC=chosen['rows'])
+    return env | {k: str(v) for k,v in own.items()}
+
+
+# The log -------------------------------------------------------------------------------------------------------------
+
+def open_log(up:Path):
+    "Lines go to standard output and to `up.log`."
+    log.setLevel(logging.INFO)
+    for handler in (logging.StreamHandler(sys.stdout), RotatingFileHandler(up/'up.log', maxBytes=20_000_000, backupCount=3, encoding='utf-8')):
+        handler.setFormatter(logging.Formatter('%(message)s')); log.addHandler(handler)
+
+
+def say(text:str, who:str='up'):
+    "One line, with the service's name before it."
+    log.info('%-9s | %s', who, text)
+
+
+class Tail:
+    "New lines of a file that another process appends to, and now and then renames."
+    def __init__(self, path:Path):
+        self.path,self.file,self.rest = path, None, ''
+        if path.exists(): self.open(); self.file.seek(0, os.SEEK_END)  # what was there was told by an earlier start
+
+    def open(self): self.file = open(self.path, encoding='utf-8', errors='replace')
+
+    def lines(self)->list[str]:
+        "What came since the last call."
+        text = self.rest+(self.file.read() if self.file else '')
+        if self.path.exists() and (not self.file or os.fstat(self.file.fileno()).st_ino != self.path.stat().st_ino):
+            self.open(); text += self.file.read()
+        *whole,self.rest = text.replace('\r', '\n').split('\n')
+        return [l for l in whole if l.strip()]
+
+
+# The services --------------------------------------------------------------------------------------------------------
+
+class Watch(threading.Thread):
+    "Asks one service how it is, and says when that changes."
+    def __init__(self, name:str, pause_s:float):
+        super().__init__(daemon=True)
+        self.name,self.pause_s,self.well,self.said,self.since = name, pause_s, False, '', time.monotonic()
+
+    def run(self):
+        while True:
+            why,now = problem(self.name), time.monotonic()
+            if not why and not self.well: say(f'{self.name} is healthy after {now-self.since:.0f} s'); self.since = now
+            elif why and self.well: say(f'{self.name} is not healthy: {why}'); self.since = now
+            self.well = not why
+            time.sleep(self.pause_s*(3 if self.well else 1))
+
+
+def ask(url:str)->dict:
+    "The API's answer to one listing; raises `OSError`."
+    import base64
+    login = base64.b64encode(f"{os.environ['API_USERNAME']}:{os.environ['API_PASSWORD']}".encode()).decode()
+    request = urllib.request.Request(f'{url}/predict', json.dumps(LISTING).encode(), {'content-type': 'application/json', 'authorization': f'Basic {login}'})
+    with LOCAL.open(request, timeout=30) as r: return json.load(r)
+
+
+class System:
+    "supervisord with the services, and what is seen of them."
+    def __init__(self, home:Path, once:bool):
+        self.home,self.once,self.url = home, once, os.environ['API_URL']
+        self.up = Path(os.environ['RAKUTEN_MM_UP'])
+        self.tails = {n: Tail(self.up/f'{n}.log') for n in SERVICES}
+        self.watches = {n: Watch(n, 4 if n == 'scheduler' else 1) for n in SERVICES}
+        self.asked_to_end,self.answer,self.process = 0, None, None
+        for sig in (signal.SIGTERM, signal.SIGINT): signal.signal(sig, self.end)
+
+    def end(self, *_):
+        "The first time services may finish what they are at; the second time all ends at once."
+        self.asked_to_end += 1
+        if self.asked_to_end > 1: self.kill()
+
+    def kill(self):
+        for pid in marked('RAKUTEN_MM_UP'):
+            try: os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError: pass
+
+    def launch(self):
+        "supervisord, in a session of its own: a Ctrl+C is for us, and we end it in order."
+        command = [sys.executable, '-m', 'supervisor.supervisord', '-c', str(ROOT/'deploy'/'supervisord.conf')]
+        self.process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent)
+
+    def tell(self):
+        "Pass on what the services said."
+        for name,tail in self.tails.items():
+            for line in tail.lines(): say(line, name)
+
+    def greet(self):
+        "The first answer, and how to get the next."
+        try: self.answer = ask(self.url)
+        except (OSError, ValueError) as e: say(f'no answer yet: {e}'); return
+        say(f"{LISTING['designation']!r} is answered: {self.answer['prdtypecode']} {self.answer['label']}, {self.answer['probability']:.0%}")
+        secret = f"$(sed -n 's/^API_PASSWORD=//p' {self.home/'.env'})"
+        say(f"curl -u \"{os.environ['API_USERNAME']}:{secret}\" {self.url}/predict/upload -F designation=\"{LISTING['designation']}\"")
+        say(f"the page for people: {self.url}   MLflow: {os.environ['MLFLOW_TRACKING_URI']} (user {os.environ['MLFLOW_TRACKING_USERNAME']})   Ctrl+C ends it all")
+
+    def run(self)->int:
+        "Until we are asked to end, or with `--once` until there is an answer. The exit code."
+        self.launch()
+        for w in self.watches.values(): w.start()
+        while not self.asked_to_end and not (self.once and self.answer):
+            self.tell()
+            if self.process.poll() is not None:
+                say(f'supervisord ended with {self.process.returncode}; starting it again')
+                time.sleep(1); self.launch()
+            if not self.answer and self.watches['api'].well: self.greet()
+            time.sleep(.2)
+        return self.stop()
+
+    def stop(self)->int:
+        "End the services, last the ones that others need."
+        say('ending')
+        self.process.terminate()
+        while self.process.poll() is None: self.tell(); time.sleep(.1)
+        self.tell()
+        left = marked('RAKUTEN_MM_UP')
+        if left: say(f'{len(left)} processes had to be killed'); self.kill()
+        say('ended')
+        return 0
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+class Note:
+    "What a system that is up wrote down for `status`, `stop` and `run`."
+    def __init__(self, up:Path): self.path,self.lock = up/'up.json', up/'lock'
+
+    def hold(self):
+        "Be the only system of this folder, until this process ends."
+        self.file = open(self.lock, 'a')
+        try: fcntl.flock(self.file, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        except BlockingIOError: sys.exit('it is up already; scripts/up.sh status, or scripts/up.sh stop')
+
+    def pid(self)->int:
+        "The process that is up, or 0."
+        if not self.path.exists(): return 0
+        with open(self.lock, 'a') as f:
+            try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+            except BlockingIOError: return self.read()['pid']
+        return 0
+
+    def read(self)->dict: return json.loads(self.path.read_text())
+
+
+def start(args, home:Path, note:Note)->int:
+    "`up`"
+    note.lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    note.hold()
+    made = not (home/'.env').exists()
+    if made: make_env_file(home/'.env')
+    chosen = dict(port=choose_port(args.port, 8080, '--port'), mlflow_port=choose_port(args.mlflow_port, 5000, '--mlflow-port'), rows=args.rows, pid=os.getpid())
+    os.environ.update(environment(home, chosen), RAKUTEN_MM_PRESET=args.preset)
+    for d in ('RAKUTEN_MM_ARTIFACTS', 'RAKUTEN_MM_DATA'): Path(os.environ[d]).mkdir(parents=True, exist_ok=True)
+    (home/'artifacts'/'mlflow').mkdir(exist_ok=True, mode=0o700)
+    note.path.write_text(json.dumps(chosen))
+    open_log(Path(os.environ['RAKUTEN_MM_UP']))
+    if made: say(f"{home/'.env'} is new: .env.example with passwords, readable by you only")
+    for name,usual in (('port', 8080), ('mlflow_port', 5000)):
+        if chosen[name] != (getattr(args, name) or usual): say(f'port {usual} is taken: {chosen[name]} instead')
+    system = System(home, args.once)
+    code = system.run()
+    if args.once and system.answer: print(json.dumps(system.answer, ensure_ascii=False), flush=True)
+    return code if system.answer or not args.once else 1
+
+
+def status(args, home:Path, note:Note)->int:
+    "`status`"
+    if not (pid := note.pid()): print('it is not up'); return 3
+    os.environ.update(environment(home, note.read()))
+    print(f'up since process {pid}; {os.environ["API_URL"]}, {os.environ["MLFLOW_TRACKING_URI"]}')
+    subprocess.run([sys.executable, '-m', 'supervisor.supervisorctl', '-c', str(ROOT/'deploy'/'supervisord.conf'), 'status'])
+    wrong = [p for p in map(problem, SERVICES) if p]
+    print('\n'.join(wrong) or 'all services are healthy')
+    return bool(wrong)
+
+
+def stop(args, home:Path, note:Note)->int:
+    "`stop`"
+    if not (pid := note.pid()): print('it is not up'); return 0
+    os.kill(pid, signal.SIGTERM)
+    for _ in range(900):
+        if note.pid() != pid: print('ended'); return 0
+        time.sleep(.1)
+    print(f'process {pid} has not ended after 90 s; kill it, and the services end with it'); return 1
+
+
+def run(args, home:Path, note:Note)->int:
+    "`run`"
+    if not note.path.exists(): sys.exit('it was never up here')
+    os.environ.update(environment(home, note.read()))
+    del os.environ['RAKUTEN_MM_UP']  # it is none of the services, and does not end with them
+    return subprocess.run(args.command).returncode
+
+
+def main()->int:
+    "Parse and dispatch."
+    parser = argparse.ArgumentParser(prog='scripts/up.sh', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', nargs='?', choices=['up', 'status', 'stop', 'run'], default='up')
+    parser.add_argument('--port', type=int, help='of the API (8080, or a free one if that is taken)')
+    parser.add_argument('--mlflow-port', type=int, help='of MLflow (5000, or a free one if that is taken)')
+    parser.add_argument('--rows', type=int, default=2000, help='synthetic listings, where no partner is configured (2000)')
+    parser.add_argument('--preset', default='cpu', help='what is trained (cpu)')
+    parser.add_argument('--once', action='store_true', help='stop after the first answered prediction; the answer is the last line')
+    parser.add_argument('--home', type=Path, default=ROOT, help='folder with .env, data/ and artifacts/ (the checkout)')
+    own,command = sys.argv[1:], []
+    if 'run' in own: own,command = own[:own.index('run')+1], own[own.index('run')+1:]  # what follows is not ours to parse
+    args = parser.parse_args(own)
+    args.command = command
+    home = args.home.resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    return dict(up=start, status=status, stop=stop, run=run)[args.what](args, home, Note(home/'artifacts'/'up'))
+
+
+if __name__ == '__main__': sys.exit(main())
