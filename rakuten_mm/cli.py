@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 from . import __version__, operations
 from .config import PRESETS, load_environment
+from .registry_cli import registry
 from serving.config import ROLES
 
 # %% ../nbs/lib/21_cli.ipynb #4f1eb803
@@ -171,7 +172,7 @@ def train(data_dir, out, name, config, init, seed, references, split, track):
         click.echo(table.round(4).to_string()+f"\non the test rows of the {split} split of data {data.manifest['version']}; bundle in {bundle}")
         if track and split == 'grouped':
             tracking.log_metrics(run, table.iloc[0].to_dict(), 'test/')
-            decision = promotion.promote(tracking.register_bundle(run, bundle), data)
+            decision,_ = promotion.promote(tracking.register_bundle(run, bundle, out/'oof.parquet'), data)
             click.echo(f"version {decision.challenger} {'promoted' if decision.promoted else 'not promoted'}: {decision.reason}")
 
 # %% ../nbs/lib/21_cli.ipynb #a64f81fc
@@ -243,4 +244,4 @@ def remove(name):
     click.echo(f'{name} is removed')
 
 # %% ../nbs/lib/21_cli.ipynb #0p5a0012
-cli.add_command(operations.scheduler); cli.add_command(operations.runs)
+cli.add_command(operations.scheduler); cli.add_command(operations.runs); cli.add_command(registry)

@@ -164,11 +164,12 @@ def report(
                      +(['| from | to | listings | right before | right after |', '|---|---|---|---|---|', *pairs] if pairs else []))+'\n'
 
 # %% ../nbs/lib/19_promotion.ipynb #e8d3bbca
-def keep_decision(decision:Decision, trial:Trial, out_dir:Path):
+def keep_decision(decision:Decision, trial:Trial, out_dir:Path, tag:bool = True):
     "Write report, data and changed answers, and tag the registered version."
     write_atomic(out_dir/'report.md', report(decision, trial).encode())
     write_atomic(out_dir/'decision.json', json.dumps(asdict(decision), indent=1).encode())
     write_csv(trial.changes(), out_dir/'changes.csv')
+    if not tag: return
     client,run = mlflow_client(), get_version(decision.challenger).run_id
     for k,v in asdict(decision).items(): client.set_model_version_tag(MODEL, str(decision.challenger), f'promotion.{k}', json.dumps(v)[:5_000])
     for name in ('report.md', 'decision.json', 'changes.csv') if run else (): client.log_artifact(run, str(out_dir/name), 'promotion')
@@ -180,6 +181,7 @@ def promote(
     cfg:GateConfig = GateConfig(),
     out_dir:str|Path = '', # Receives the report; default: promotions/ in the artifacts folder
     progress:bool = True,
+    dry_run:bool = False, # Judge and report, but move no alias and tag nothing
 )->tuple[Decision, Trial]:
     "Judge a challenger against the champion, and move the alias if it passes; raises `RegistryError`, or `ChampionMoved` if that happens again and again."
     get_version(version)
@@ -192,9 +194,9 @@ def promote(
         if champion == version: decision.promoted,decision.reason = False, 'it already is the champion'
         elif why := rolled_back(version): decision.promoted,decision.reason = False, f'it was rolled back: {why}'
         try:
-            if decision.promoted: move_champion(version, champion, 'promote', decision.reason)
+            if decision.promoted and not dry_run: move_champion(version, champion, 'promote', decision.reason)
             break
         except ChampionMoved:
             if attempt == 2: raise
-    keep_decision(decision, trial, out_dir)
+    keep_decision(decision, trial, out_dir, tag=not dry_run)
     return decision, trial
