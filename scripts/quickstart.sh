@@ -44,10 +44,12 @@ zenml pipeline run zenml_pipelines.training -c "$config/training.yaml" -s rakute
 python - >&2 <<'PY'
 import json
 from pathlib import Path
-decision = json.loads(max(Path('artifacts/runs').glob('training-*/promote/decision.json'), key=lambda p: p.stat().st_mtime).read_text())
+path = max(Path('artifacts/runs').glob('training-*/promote/decision.json'), key=lambda p: p.stat().st_mtime)
+decision,scores = json.loads(path.read_text()), json.loads((path.parents[1]/'evaluate'/'result.json').read_text())['table']
 print(f"\nweighted F1 on the test split of data {decision['data_version']} (grouped: no duplicate of a training listing)")
-for name,f1 in decision['test'].items(): print(f'  {name:32} {f1:.4f}')
+for name,f1 in scores.items(): print(f'  {name:32} {f1:.4f}')
 print(f"version {decision['challenger']} {'promoted' if decision['promoted'] else 'not promoted'}: {decision['reason']}")
+print(f"the whole decision is in {path.with_name('report.md')}")
 PY
 
 say "server and one prediction"

@@ -1,0 +1,108 @@
+"Faults 49 and 50: what the gate refuses, and that two promotions cannot both win."
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from rakuten_mm import promotion
+from rakuten_mm.bundle import load_bundle, save_bundle
+from rakuten_mm.cli import cli
+from rakuten_mm.dataset import Dataset
+from rakuten_mm.gate import GateConfig
+from rakuten_mm.promotion import compare, promote
+from rakuten_mm.registry import ChampionMoved, history, move_champion
+from rakuten_mm.seal import seal
+from rakuten_mm.tracking import alias_version, mlflow_client, register_bundle, tracked_run
+
+QUICK = GateConfig(draws=300)
+
+
+@pytest.fixture(scope='module')
+def data(data_dir): return Dataset.open(data_dir)
+
+
+def registered(bundle, name='challenger')->int:
+    with tracked_run(name=name) as run: return register_bundle(run, bundle)
+
+
+def changed(bundle, dest:Path, config=lambda c: c, net=lambda n: n, golden=False)->Path:
+    "A bundle with other weights or another configuration; its golden products are asked anew, or left out."
+    n,c = load_bundle(bundle)
+    n = net(n) or n; c = config(c)
+    triage,graphs = json.loads((bundle/'triage.json').read_text()), {p.stem: p.read_bytes() for p in bundle.glob('*.onnx')}
+    save_bundle(dest, n, c['codes'], {int(k): v for k,v in c['names'].items()}, c['info'], triage, graphs)
+    if golden: shutil.copytree(bundle/'golden', dest/'golden'); seal(dest)
+    return dest
+
+
+def renamed(c): return c | dict(names=c['names'] | {str(c['codes'][0]): 'Something else'})
+def relabelled(c): return c | dict(codes=c['codes'][::-1])
+def sharpened(n): n.stack.weights *= 4
+def flattened(n): n.stack.weights[:, 1:] = 0  # only the linear expert is asked, which sees no picture
+
+
+@pytest.mark.parametrize('how,check', [(dict(config=renamed), 'labels'), (dict(config=relabelled), 'score'), (dict(net=flattened), 'robustness'),
+                                       (dict(net=sharpened, golden=True), 'golden')])
+def test_f50_refused_for_its_reason(bundle, data, tmp_path, how, check):
+    verdict = compare(changed(bundle, tmp_path/'b', **how), bundle, data, QUICK, progress=False).verdict
+    assert not verdict.ok and check in {c.name for c in verdict.checks if not c.ok}, verdict.table().to_string()
+    assert f'{check}: ' in verdict.reason
+
+
+def test_f50_slower_than_allowed(bundle, data, tmp_path):
+    slow = Path(shutil.copytree(bundle, tmp_path/'slow'))
+    (slow/'image.onnx').unlink(); seal(slow)  # PyTorch runs the encoder instead
+    verdict = compare(slow, bundle, data, GateConfig(draws=300, latency_ratio=1.2), progress=False).verdict
+    latency = next(c for c in verdict.checks if c.name == 'latency')
+    assert not latency.ok and latency.figures['latency_ratio'] > 1.2
+
+
+def test_f50_exit_code_and_report(bundle, data_dir, tmp_path):
+    "Not promoted is 3 and leaves the champion; the report says why, the version keeps it as tags."
+    first = registered(bundle)
+    if alias_version('champion') != first: move_champion(first, alias_version('champion'), 'promote', 'for this test')
+    twin = registered(bundle)
+    res = CliRunner().invoke(cli, ['registry', 'promote', str(twin), str(data_dir), '--gate', '{"draws": 300}', '--out', str(tmp_path/'out')])
+    assert res.exit_code == 3 and 'not promoted' in res.output, res.output
+    assert alias_version('champion') == first
+    report = (tmp_path/'out'/'report.md').read_text()
+    assert f'Version {twin} is not promoted' in report and '**failed**' in report and '0 listings would be filed elsewhere' in report
+    assert json.loads((tmp_path/'out'/'decision.json').read_text())['checks']['score'] is False
+    tags = mlflow_client().get_model_version('rakuten-mm', str(twin)).tags
+    assert tags['promotion.promoted'] == 'false' and 'not better' in tags['promotion.reason']
+    wrong = CliRunner().invoke(cli, ['registry', 'promote', '999', str(data_dir)])
+    assert wrong.exit_code == 1 and 'no version 999' in wrong.output
+
+
+def test_f49_champion_moves_during_the_comparison(bundle, data, monkeypatch, tmp_path):
+    "The comparison is made again, with the champion of now; one that moves every time is an error, and nothing is moved."
+    a,b,c = (registered(bundle) for _ in range(3))
+    if alias_version('champion') != a: move_champion(a, alias_version('champion'), 'promote', 'for this test')
+    real,seen = promotion.compare, []
+    def slow_compare(*args, **kw):
+        trial = real(*args, **kw); seen.append(args[4])
+        if len(seen) == 1: move_champion(b, a, 'promote', 'a promotion that was quicker')
+        trial.verdict.ok = True
+        return trial
+    monkeypatch.setattr(promotion, 'compare', slow_compare)
+    decision,_ = promote(c, data, QUICK, tmp_path, progress=False)
+    assert decision.promoted and decision.champion == b and [s[1] for s in seen] == [f'version {a}', f'version {b}']
+    assert (alias_version('champion'), alias_version('previous')) == (c, b)
+    others = iter([a, b, a, b])
+    def restless(*args, **kw):
+        trial = real(*args, **kw); trial.verdict.ok = True
+        move_champion(next(others), alias_version('champion'), 'promote', 'restless')
+        return trial
+    monkeypatch.setattr(promotion, 'compare', restless)
+    with pytest.raises(ChampionMoved): promote(registered(bundle), data, QUICK, tmp_path, progress=False)
+    assert alias_version('champion') == a and history().action.eq('promote').sum() >= 5
+
+
+def test_f49_trainings_at_once_have_runs_of_their_own(bundle):
+    with ThreadPoolExecutor(4) as pool: versions = list(pool.map(registered, [bundle]*4))
+    runs = {mlflow_client().get_model_version('rakuten-mm', str(v)).run_id for v in versions}
+    assert len(set(versions)) == len(runs) == 4
+    assert all(mlflow_client().get_run(r).info.status == 'FINISHED' for r in runs)
