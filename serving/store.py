@@ -169,14 +169,19 @@ class Store:
     def served(self,
         since:datetime,
         until:datetime|None = None, # Not included; now if left out
+        version:str = '', # Answers of this model only
+        most:int = 50_000, # About so many; of more, a sample
     )->list[dict]: # `SERVED` of each answer, oldest first
         "What drift needs to know of a time: nothing that a listing could be read from."
         self.waiting.join()
         since,until = since.astimezone(UTC), (until or now()).astimezone(UTC)  # SQLite compares what the clocks show
-        when = (Prediction.created_at >= since) & (Prediction.created_at < until)
+        wanted = (Prediction.created_at >= since) & (Prediction.created_at < until) & (Prediction.facts.is_not(None))
+        if version: wanted &= Prediction.model_version == version
         columns = [getattr(Prediction, c) for c in SERVED]
         with self.engine.connect() as c:
-            return [dict(r) for r in c.execute(select(*columns).where(when).order_by(Prediction.created_at, Prediction.id)).mappings()]
+            n = c.execute(select(func.count()).select_from(Prediction).where(wanted)).scalar()
+            if n > most: wanted &= Prediction.id < f'{int(most/n*16**8):08x}'  # ids are random
+            return [dict(r) for r in c.execute(select(*columns).where(wanted).order_by(Prediction.created_at, Prediction.id)).mappings()]
 
     def correct(self, prediction_id:str, prdtypecode:int, reviewer:str)->tuple[Feedback, list[Feedback]]: # The new one, and all of this prediction
         "Record what a reviewer says; raises `KeyError` for an unknown prediction."

@@ -129,9 +129,9 @@ def test_older_answers_have_no_figures(url):
                        "('old', '2026-01-01 12:00:00.000000', 'anna', 'rakuten-mm/1', 10, .5, 'auto', .5, '[]', '[]', '', '', 0)"))
     engine.dispose()
     with closing(Store(url, Path('.'))) as store:
-        assert [r['facts'] for r in store.served(datetime(2026, 1, 1, tzinfo=UTC))] == [None]
+        assert store.get('old').facts is None and store.served(datetime(2026, 1, 1, tzinfo=UTC)) == []
         store.add(answer(facts=dict(language='fr')))
-        assert [r['facts'] for r in store.served(datetime(2026, 1, 1, tzinfo=UTC))] == [None, dict(language='fr')]
+        assert [r['facts'] for r in store.served(datetime(2026, 1, 1, tzinfo=UTC))] == [dict(language='fr')]
 
 
 def test_what_drift_needs_of_a_time(store):
@@ -141,10 +141,12 @@ def test_what_drift_needs_of_a_time(store):
     for i in (2, 0, 1, 3): store.add(answer(created_at=start+timedelta(hours=i), **figures(i)))
     store.add(answer(created_at=start+timedelta(hours=1.5)))
     rows = store.served(start+timedelta(hours=1), start+timedelta(hours=3))
-    assert [r['facts'] and r['facts']['title_length'] for r in rows] == [1, None, 2]
+    assert [r['facts']['title_length'] for r in rows] == [1, 2]  # one without figures is between them
     assert {k: rows[0][k] for k in ('facts', 'probs', 'sketch')} == figures(1) and rows[0].keys() == set(SERVED)
     assert rows[0]['created_at'] == start+timedelta(hours=1) and not {'designation', 'description', 'top_k'} & rows[0].keys()
-    with store.engine.connect() as c: assert c.execute(text('SELECT count(*) FROM predictions WHERE facts IS NULL')).scalar() == 1
+    for i in range(200): store.add(answer(created_at=start+timedelta(minutes=i/10), model_version='rakuten-mm/2', **figures(i)))
+    whole,some = (store.served(start, version='rakuten-mm/2', until=start+timedelta(hours=1), most=n) for n in (1_000, 50))
+    assert len(whole) == 200 and 20 < len(some) < 90 and [r['facts']['title_length'] for r in some] == sorted(r['facts']['title_length'] for r in some)
 
 
 def test_a_database_that_goes_away_costs_records_only(postgres, tmp_path):

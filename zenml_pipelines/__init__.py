@@ -9,7 +9,7 @@ from rakuten_mm.config import load_environment
 
 load_environment()
 
-PIPELINES = ('ingestion', 'training', 'retraining', 'api_check')
+PIPELINES = ('ingestion', 'training', 'retraining', 'drift', 'api_check')
 
 
 def __getattr__(name):

@@ -1,0 +1,59 @@
+"Run drift.ipynb, and ask for a training if it says so."
+import time
+from typing import Annotated
+
+import mlflow
+from zenml import step
+from zenml.logger import get_logger
+
+from zenml_pipelines.context import step_run
+from zenml_pipelines.run_notebook import run_notebook
+
+logger = get_logger(__name__)
+
+
+@step(experiment_tracker=True, enable_cache=False)
+def detect(
+    data_dir:str, # Dataset; it must hold the champion's version
+    artifacts_dir:str, # Everything is written below
+    days:float, # How far to look back
+    min_predictions:int, # Served listings below which nothing is said
+    max_reference:int, # Held-out listings to compare with, at most
+    levels:dict, # Alarm levels that differ from `rakuten_mm.drift.Levels`
+    retrain:bool, # Ask for a training when the content moved
+    again_days:float, # Not again for the same champion before so many days
+)->Annotated[dict, 'drift']:
+    "What moved; with too little traffic it says so and ends."
+    from rakuten_mm.config import from_dict
+    from rakuten_mm.drift import Levels
+    from rakuten_mm.tracking import alias_version
+    from serving.lately import count_lately
+    run = step_run(artifacts_dir)
+    from_dict(Levels, levels)  # a wrong name fails before any work
+    champion = alias_version('champion')
+    served = count_lately(days, f'rakuten-mm/{champion}') if champion else 0
+    if served < min_predictions:
+        why = f'{served} answers by version {champion} in {days:g} days, {min_predictions} are needed' if champion else 'there is no champion'
+        logger.info('nothing is compared: %s', why)
+        return dict(advice='wait', causes=[], summary=why, n_window=served)
+    report = run_notebook('drift', run.out_dir, run.run_id, data_dir=data_dir, days=days, min_predictions=min_predictions,
+                          max_reference=max_reference, levels=levels)
+    logger.info(report['summary'])
+    if run.run_id: mlflow.set_tags({'drift.causes': ', '.join(report['causes']), 'drift.advice': report['advice']})
+    if retrain and report['advice'] == 'retrain': ask(champion, report['summary'].splitlines()[0], again_days)
+    return report
+
+
+def ask(
+    champion:int, # Version
+    why:str,
+    again_days:float, # Not again before so many days
+):
+    "Leave a request for a training, unless one for the same champion was left lately."
+    from rakuten_mm.drift import request_retraining
+    from rakuten_mm.tracking import MODEL, mlflow_client
+    client = mlflow_client()
+    asked = float(client.get_model_version(MODEL, str(champion)).tags.get('drift.asked_at', 0))
+    if time.time()-asked < 86_400*again_days: logger.info('a training was asked for already'); return
+    logger.info('asked for a training: %s', request_retraining(why))
+    client.set_model_version_tag(MODEL, str(champion), 'drift.asked_at', str(time.time()))
