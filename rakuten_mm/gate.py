@@ -7,8 +7,9 @@ __all__ = ['GateConfig', 'Answers', 'aligned', 'paired_scores', 'whole', 'Check'
            'check_calibration', 'check_promise', 'check_states', 'check_costs', 'check_labels', 'check_golden',
            'Verdict', 'judge']
 
-# %% ../nbs/lib/19_gate.ipynb #8b8b1842
-from dataclasses import asdict, dataclass, field
+# %% ../nbs/lib/19_gate.ipynb #eea74a28
+import re
+from dataclasses import dataclass, field
 import numpy as np, pandas as pd
 from .promise import accuracy_interval
 from .reliability import draw_weights, ece, weighted_scores
@@ -160,7 +161,7 @@ def check_states(old:Answers, new:Answers, truth:np.ndarray, groups:np.ndarray, 
     for name in [s for s in old.states if s in new.states]:
         gain = (new.states[name] == truth)*1.-(old.states[name] == truth)
         draws = np.concatenate([w@gain/w.sum(1) for w in draw_weights(groups, cfg.draws, cfg.seed)])
-        figures[name.replace(' ', '_')] = float(gain.mean())
+        figures[re.sub(r'\W+', '_', name)] = float(gain.mean())
         line = f'{name} {gain.mean():+.3f}'
         if -gain.mean() > cfg.state_budget and np.quantile(draws, 1-share) < 0: bad.append(f'{line} right')
         said.append(line)
