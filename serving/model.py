@@ -9,7 +9,8 @@ import torch
 from rakuten_mm.config import n_threads
 from rakuten_mm.explanation import explain
 from rakuten_mm.image import InvalidImage
-from rakuten_mm.predictor import Prediction, Predictor, Prepared, read_golden
+from rakuten_mm.predictor import Prediction, Predictor, Prepared
+from rakuten_mm.seal import read_golden
 from rakuten_mm.traffic import listing_facts, observe
 from serving.worker import Problem
 

@@ -21,6 +21,8 @@ import pytest
 from conftest import PASSWORD, ROOT, USER, basic, running_server
 from PIL import Image
 
+from rakuten_mm.access_check import Prober
+from rakuten_mm.api_check import check_state
 from rakuten_mm.seal import seal
 from rakuten_mm.tracking import mlflow_client, register_bundle, tracked_run
 
@@ -276,7 +278,9 @@ def test_f21_f23_swap_and_rollback_under_load(following, registry, bundle):
     try:
         time.sleep(1)
         new = f'rakuten-mm/{registry(bundle)}'
-        until(lambda: serving(server) == new)
+        with httpx.Client(base_url=server.url, timeout=30) as http:  # the check waits for it as well
+            assert not any(c.found for c in check_state(Prober(http), AUTH['Authorization'], 'models:/rakuten-mm@champion', 60)[0])
+        assert serving(server) == new
         time.sleep(.5)
         registry.client.set_registered_model_alias('rakuten-mm', 'champion', server.version.split('/')[1])
         until(lambda: serving(server) == server.version)
@@ -304,6 +308,9 @@ def test_f20_bad_champion(following, registry, bundle, tmp_path, how):
     assert told['model_version'] == server.version and f'rakuten-mm/{version} is not served' in told['problem']
     assert httpx.get(server.url+'/ready').json()['status'] == 'degraded' and server.metric('rakuten_degraded') == 1
     assert ask(server).json()['model_version'] == server.version
+    with httpx.Client(base_url=server.url, timeout=30) as http: said = check_state(Prober(http), AUTH['Authorization'], 'models:/rakuten-mm@champion', 0)[0]
+    wrong = ' '.join(str(c) for c in said if c.found)
+    assert 'state registry: BundleError' in wrong if how == 'weights' else 'state ready: degraded' in wrong and 'state version' in wrong
 
 
 def test_f22_registry_down(registry, bundle, tmp_path):

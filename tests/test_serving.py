@@ -17,8 +17,10 @@ from conftest import PASSWORD, ROOT, USER, basic, running_server
 from fastapi.testclient import TestClient
 from PIL import Image, features
 
-from rakuten_mm.api_check import APICheckError, check_auth, check_golden
-from rakuten_mm.predictor import Predictor, read_golden
+from rakuten_mm.access_check import APICheckError, Prober, check_credentials, check_roles
+from rakuten_mm.api_check import ask_golden, check_api, check_server
+from rakuten_mm.predictor import Predictor
+from rakuten_mm.seal import read_golden
 from serving.config import ServeConfig
 from serving.schema import MAX_BATCH, MAX_BODY
 from serving.server import make_server
@@ -60,10 +62,24 @@ def test_in_process(bundle, monkeypatch, tmp_path):
         assert client.post('/predict', json={'designation': 'x'}).status_code == 401
 
 
-def test_golden_over_http(http, bundle):
-    golden = read_golden(bundle)
-    assert len(golden) > 5 and check_golden(http, AUTH, golden, bundle.name) == []
-    assert 'instead of -1' in check_golden(http, AUTH, [golden[0] | {'prdtypecode': -1}], bundle.name)[0]
+def test_api_check(server, bundle):
+    "A server that is all right passes every check, and holds nothing afterwards that was not there before."
+    from sqlalchemy import create_engine, text
+    def recorded():
+        with create_engine(server.database).connect() as c: return c.execute(text('select count(*) from predictions')).scalar()
+    before = recorded()
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        found = check_server(client, USER, PASSWORD, str(bundle), max_p95_ms=0)
+        p = Prober(client)
+        assert 'instead of -1' in ask_golden(p, AUTH['Authorization'], [read_golden(bundle)[0] | {'prdtypecode': -1}], 'bundle').found[0]
+        slow = check_server(client, USER, PASSWORD, str(bundle), open_pages='docs,version', max_p95_ms=.01, at_least=1)
+    assert found.failures == [] and found.role == 'admin' and found.version == 'bundle'
+    assert {c.kind for c in found.checks} == {'credentials', 'pages', 'roles', 'state', 'golden', 'latency', 'figures'}
+    assert set(json.loads((bundle/'config.json').read_text())['codes']) <= set(found.classes.index)
+    assert (found.classes.golden <= 1).all() and len(found.golden) == found.classes.golden.sum() > 5
+    assert found.latency['n'] >= 100 and 0 < found.latency['p50_ms'] <= found.latency['p95_ms']
+    assert [f.split(':')[0] for f in slow.failures] == ['pages GET /version', 'latency p95']
+    assert recorded() == before
 
 
 def test_open_and_closed_pages(server):
@@ -276,7 +292,7 @@ def test_f12_forms(http):
 
 def test_f25_credentials(server):
     with httpx.Client(base_url=server.url, timeout=60) as client:
-        assert check_auth(client, USER, PASSWORD) == []
+        assert not [c for c in check_credentials(Prober(client), USER, PASSWORD)[0] if c.found]
         for header in ('Basic', 'basic '+'A'*7000, 'Digest x', 'Basic '+base64.b64encode(USER.encode()).decode(), 'Basic \xe9'):
             r = client.post('/predict', json={'designation': 'x'}, headers={'Authorization': header.encode('latin-1')})
             assert rejected(r, 401)['code'] == 'unauthorized' and r.headers['www-authenticate'].startswith('Basic'), header
@@ -291,7 +307,6 @@ def test_f25_refuses_to_start_without_a_password(bundle, tmp_path, given):
 
 
 def test_api_check_says_who_is_down(monkeypatch, bundle):
-    from rakuten_mm.api_check import check_api
     monkeypatch.setenv('API_USERNAME', USER); monkeypatch.setenv('API_PASSWORD', PASSWORD)
     with pytest.raises(APICheckError, match='no answer from'): check_api('http://127.0.0.1:9', str(bundle))
 
@@ -333,6 +348,7 @@ def test_roles_and_tokens(bundle, tmp_path):
                 assert ask('POST', '/predict', auth, json={'designation': 'x'}) == 200
                 assert ask('GET', '/review', auth) == (403 if role == 'predict' else 200)
                 assert ask('GET', '/metrics', auth) == (200 if role == 'admin' else 403)
+                with httpx.Client(base_url=server.url, timeout=30) as client: assert not [c for c in check_roles(Prober(client), auth, role, 'docs') if c.found]
         sign = lambda key=secret,alg='HS256',**claims: 'Bearer '+jwt.encode(dict(sub='admin', exp=time.time()+60) | claims, key, algorithm=alg)
         assert ask('GET', '/metrics', sign()) == 200
         head,body,signature = sign().split('.')

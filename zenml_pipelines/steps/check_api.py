@@ -1,16 +1,23 @@
-"Ask a running server what it must be able to answer."
+"Run api_check.ipynb."
 from typing import Annotated
 
 from zenml import step
 
 from zenml_pipelines.context import step_run
+from zenml_pipelines.run_notebook import run_notebook
 
 
 @step(experiment_tracker=True, enable_cache=False)
 def check_api(
     url:str, # Base address of the server
+    max_p95_ms:float, # Longest that a client may wait, 95th percentile; 0: any time
+    wait_s:float, # How long the server may take to follow the registry
+    open_pages:str, # As API_OPEN_PAGES of the server; empty: as here
 )->Annotated[dict, 'checks']:
-    "Authentication cases and the champion's golden products; raises if any check fails."
-    from rakuten_mm.api_check import check_api as check
-    step_run()
-    return check(url)
+    "Credentials, pages, roles, version, golden products, latency and figures; raises `APICheckError` if anything is wrong, after the report is written."
+    from rakuten_mm.access_check import APICheckError
+    run = step_run()
+    result = run_notebook('api_check', run.out_dir, run.run_id, url=url, max_p95_ms=max_p95_ms, wait_s=wait_s, open_pages=open_pages)
+    wrong = result['failures']
+    if wrong: raise APICheckError(f"{url} failed {len(wrong)} of {result['checks']} checks (report: {run.out_dir}):\n- "+'\n- '.join(wrong))
+    return result
