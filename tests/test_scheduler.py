@@ -17,6 +17,7 @@ from conftest import ROOT
 from filelock import FileLock
 
 from rakuten_mm.cli import cli
+from rakuten_mm.config import artifacts_dir
 from rakuten_mm.fetch import STATE, WHOLE
 from rakuten_mm.process import card_of, ended
 from rakuten_mm.synthetic import synthesize
@@ -430,7 +431,9 @@ def test_history_of_another_host(home):
 
 @pytest.fixture(scope='module')
 def stack(environment):
+    "The stack of the session, and the MLflow that it tracks to."
     subprocess.run([sys.executable, 'scripts/setup_stack.py'], cwd=ROOT, check=True)
+    return f"sqlite:///{artifacts_dir()/'mlflow.db'}"
 
 
 def test_f45_killed_pipeline_run(stack, home, monkeypatch):
@@ -438,32 +441,36 @@ def test_f45_killed_pipeline_run(stack, home, monkeypatch):
     from zenml.client import Client
 
     from zenml_pipelines.abandoned import abandon, running_mlflow
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(ROOT); monkeypatch.setenv('MLFLOW_TRACKING_URI', stack)
     raw = synthesize(home/'raw', 60, 5, progress=False)
     (raw/STATE).mkdir()
     (home/'i.yaml').write_text(yaml.safe_dump(dict(parameters=dict(raw_dir=str(raw), data_dir=str(home/'data')))))
     schedule(home, dict(name='ingestion', pipeline='ingestion', config=str(home/'i.yaml'), timeout_s=300))
     trigger = [sys.executable, '-m', 'rakuten_mm', 'scheduler', 'trigger', 'ingestion', '--schedule', str(home/'schedule.yaml')]
-    with FileLock(raw/STATE/'lock'):  # which the notebook waits for
-        it = subprocess.Popen(trigger, stdout=subprocess.DEVNULL)
-        run = at_work(60)
-        mlflow = until(lambda: next((r.info.run_id for r in running_mlflow()), None), 120)
-        kernel = until(lambda: [p for p in psutil.Process(run.pid).children(recursive=True) if 'ipykernel_launcher' in p.cmdline()], 60)[0]
-        found = abandon()
-        assert (found.ended, found.alive, found.errors) == ([], 2, [])
-        for p in (psutil.Process(it.pid), psutil.Process(run.pid), *[p for p in psutil.Process(run.pid).children(recursive=True) if p != kernel]): p.kill()
-        it.wait(10)
+    before = len(abandon().unknown)
+    with FileLock(raw/STATE/'lock'), subprocess.Popen(trigger, stdout=subprocess.DEVNULL) as it:  # the notebook waits for the lock
+        try:
+            run = at_work(60)
+            below = lambda: psutil.Process(run.pid).children(recursive=True)
+            kernel = until(lambda: [p for p in below() if not ended(p) and 'ipykernel_launcher' in p.cmdline()], 180)[0]
+            name,mlflow = next((r.info.run_name, r.info.run_id) for r in running_mlflow() if r.info.run_name.startswith('ingestion-'))
+            found = abandon()
+            assert (found.ended, found.alive, found.errors) == ([], 3, [])
+            for p in below():
+                if p != kernel: p.kill()
+            psutil.Process(run.pid).kill()
+        finally: it.kill()
         until(lambda: ended(kernel))
     with tracked_run(name='at work') as live:
         tried = CliRunner().invoke(cli, ['runs', 'abandon', '--dry-run'])
         assert tried.exit_code == 0 and tried.output.count('would mark') == 3, tried.output
-        assert mlflow_client().get_run(mlflow).info.status == 'RUNNING'
+        assert mlflow_client().get_run(mlflow).info.status == 'RUNNING' and outcomes() == ['running']
         marked = CliRunner().invoke(cli, ['runs', 'abandon'])
-        assert marked.exit_code == 0 and '3 left behind, 1 at work, 0 nobody' in marked.output, marked.output
+        assert marked.exit_code == 0 and f'3 left behind, 1 at work, {before} nobody' in marked.output, marked.output
         assert mlflow_client().get_run(live).info.status == 'RUNNING'
-    ended = mlflow_client().get_run(mlflow)
-    assert ended.info.status == 'KILLED' and ended.data.tags['abandoned'] == 'its process is gone'
-    zen = Client().list_pipeline_runs(name=ended.info.run_name, hydrate=True).items[0]
+    killed = mlflow_client().get_run(mlflow)
+    assert killed.info.status == 'KILLED' and killed.data.tags['abandoned'] == 'its process is gone'
+    zen = Client().list_pipeline_runs(name=name, hydrate=True).items[0]
     assert zen.status == 'failed' and {n: s.status for n,s in zen.steps.items()} == dict(fetch='completed', ingest='failed')
     assert outcomes() == ['abandoned']
     (raw/WHOLE).touch()

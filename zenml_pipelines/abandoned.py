@@ -40,7 +40,10 @@ def abandon(
 
 def end_history(found:LeftBehind, names:set[str], dry_run:bool, gone_hosts:tuple[str, ...]):
     "Rows of the run history."
-    done,unknown = History().settle(gone_hosts, dry_run)
+    history = History()
+    n = len(history.runs(-1, outcome='running'))
+    done,unknown = history.settle(gone_hosts, dry_run)
+    found.alive += n-len(done)-len(unknown)
     found.ended += [f'history {r.job} {r.id[:8]}: {r.outcome}' for r in done]
     found.unknown += [f'history {r.job} {r.id[:8]}: of host {r.host}' for r in unknown]
 
