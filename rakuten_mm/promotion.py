@@ -57,14 +57,14 @@ def answer_seconds(
 )->list[float]: # Mean seconds of an answer, one a model
     "Time of an answer, the models in turns."
     listings = [(r.designation, r.description, (images_dir/r.image).read_bytes() if r.image else None) for r in rows.itertuples()]
-    took = []
+    took = np.zeros((rounds+1, len(models), len(listings)))
     for i in range(rounds+1):
-        took.append([])
-        for m in models:
-            t0 = time.perf_counter()
-            for l in listings: m.predict([m.prepare(*l)])
-            took[-1].append((time.perf_counter()-t0)/max(len(listings), 1))
-    return np.min(took[1:], axis=0).tolist()  # the first round warms up
+        for k,m in enumerate(models):
+            for n,l in enumerate(listings):
+                t0 = time.perf_counter()
+                m.predict([m.prepare(*l)])
+                took[i, k, n] = time.perf_counter()-t0
+    return took[1:].min(0).mean(1).tolist()  # the first round warms up
 
 # %% ../nbs/lib/19_promotion.ipynb #85c55e1b
 N_SAMPLE,N_TIMED = 2_000,24 # Listings of the robustness tests, and of the stopwatch

@@ -2,11 +2,11 @@
 
     python scripts/bench_retraining.py --json out.json [--quick] [--only loop|sabotage|power|active]
 
-loop      A first delivery, then monthly ones along the generator's time axis: the class mix drifts, 10 % of the labels are
-          wrong, a category appears that was not there, the server's review lane is corrected (5 % of the listings, the most
-          useful first). Each month: ingest, take corrections in, train from where the champion stands, gate, promote. Beside
-          it a model trained from scratch on everything so far. Both are asked about the listings of the NEXT month, against
-          their true categories.
+loop      A first delivery, then ten months along the generator's time axis: the class mix drifts, 10 % of the labels are wrong,
+          a category appears that was not there. A third of a month's listings is delivered with labels; of the server's review
+          lane, as many as 5 % of the month's listings are corrected, the most useful first. Each month: ingest, take corrections
+          in, train from where the champion stands, gate, promote. Beside it a model trained from scratch on everything so far.
+          Both are asked about all listings of the NEXT month, against their true categories.
           compute_ratio     CPU seconds of the loop's trainings over those of the trainings from scratch. Both trainings read
                             stored vectors; the cost of embedding is measured where it arises, once a listing, and charged to
                             the loop once and to every training from scratch for all its listings. One training with an empty
@@ -95,8 +95,7 @@ def in_memory(fitted):
 
 def asked(model, rows:pd.DataFrame, raw:Path)->np.ndarray: # (N, K)
     "Answers to listings of a delivery."
-    store = Path(os.environ['RAKUTEN_MM_ARTIFACTS'])/'embeddings'
-    return model.probs_of(rows, raw/'images'/'image_train', store, progress=False)
+    return model.probs_of(rows, raw/'images'/'image_train', raw/'asked', progress=False)  # a store apart: serving must not embed for training
 
 
 def most_useful(probs:np.ndarray, n:int)->np.ndarray: # (n,) positions
@@ -123,18 +122,28 @@ def reviewed(model, rows:pd.DataFrame, probs:np.ndarray, raw:Path, share:float, 
 
 class Loop:
     "A marketplace of some months, and two ways to keep up with it."
-    def __init__(self, home:Path, cfg, first:int, monthly:int, months:int, meter:Meter, seed:int = 42):
-        self.home,self.cfg,self.meter,self.seed,self.months = home, cfg, meter, seed, months
-        self.sizes = [first]+[monthly]*(months+1)
+    def __init__(self, home:Path, cfg, first:int, traffic:int, monthly:int, months:int, meter:Meter, seed:int = 42):
+        self.home,self.cfg,self.meter,self.seed,self.months,self.monthly = home, cfg, meter, seed, months, monthly
+        self.sizes = [first]+[traffic]*(months+1)
         self.starts = np.cumsum([0, *self.sizes])
         self.corrections,self.champion,self.rows,self.charged = [], None, [], 0.
 
     def raw(self, m:int)->Path:
-        "The delivery of a month; 0 is the first."
+        "All listings of a month; month 0 is before the system began."
         from rakuten_mm.synthetic import synthesize
         folder = self.home/f'raw{m}'
         if not folder.exists():
             synthesize(folder, self.sizes[m], 0, self.seed, progress=False, start=int(self.starts[m]), total=int(self.starts[-1]), workers=n_threads())
+        return folder
+
+    def delivery(self, m:int)->Path:
+        "What of a month's listings comes back with labels."
+        raw,folder = self.raw(m), self.home/f'delivery{m}'
+        if m == 0: return raw
+        (folder/'images').mkdir(parents=True)
+        (folder/'images'/'image_train').symlink_to(raw/'images'/'image_train')
+        for name in ('X_train_update.csv', 'Y_train_CVw08PX.csv'):
+            pd.read_csv(raw/name, index_col=0, keep_default_na=False).head(self.monthly).to_csv(folder/name)
         return folder
 
     def train(self, data, name:str, init:Path|None):
@@ -152,7 +161,7 @@ class Loop:
         from rakuten_mm.tracking import alias_version, register_bundle, resolve_training, tracked_run
         from rakuten_mm.training import export
         home = self.home/'data'
-        ingest(self.raw(m), home, progress=False)
+        ingest(self.delivery(m), home, progress=False)
         used = write_delivery(self.corrections, Dataset.open(home), self.home/'feedback').used if self.corrections else 0
         if used: ingest(self.home/'feedback', home, max_quarantine=1., progress=False)
         data,before = Dataset.open(home), alias_version('champion')
@@ -407,15 +416,15 @@ def main():
     meter = Meter()
     try:
         if 'loop' in parts or 'sabotage' in parts:
-            loop = Loop(home/'loop', cfg, *((400, 120, 2) if args.quick else (2_000, 400, 10)), meter)
+            loop = Loop(home/'loop', cfg, *((400, 120, 100, 2) if args.quick else (1_500, 1_000, 300, 10)), meter)
             loop.home.mkdir()
             if 'loop' in parts: out['loop'] = bench_loop(loop)
             else:
                 from rakuten_mm.ingestion import ingest
-                for m in range(loop.months+1): loop.data = ingest(loop.raw(m), loop.home/'data', progress=False)
+                for m in range(loop.months+1): loop.data = ingest(loop.delivery(m), loop.home/'data', progress=False)
             if 'sabotage' in parts: out['sabotage'] = bench_sabotage(loop.data, cfg, home/'sabotage')
         if 'power' in parts: out['power'] = bench_power(cfg, home/'power', *((600, 2_000, 1_000, 4) if args.quick else (3_000, 9_000, 3_000, 20)))
-        if 'active' in parts: out['active'] = bench_active(cfg, home/'active', *((300, 300, 300, 1) if args.quick else (1_500, 3_000, 2_000, 5)))
+        if 'active' in parts: out['active'] = bench_active(cfg, home/'active', *((300, 300, 300, 1) if args.quick else (1_200, 2_400, 1_500, 4)))
     finally: shutil.rmtree(home, ignore_errors=True)
     bars = dict(compute_ratio=('loop', '<=', .15), largest_lag=('loop', '<=', .02), sabotaged_refused=('sabotage', '>=', 1),
                 equal_refused=('sabotage', '>=', 1), better_promoted=('power', '>=', .9), active_over_random=('active', '>=', 2))

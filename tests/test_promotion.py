@@ -1,6 +1,7 @@
 "Faults 49 and 50: what the gate refuses, and that two promotions cannot both win."
 import json
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,12 +53,17 @@ def test_f50_refused_for_its_reason(bundle, data, tmp_path, how, check):
     assert f'{check}: ' in verdict.reason
 
 
-def test_f50_slower_than_allowed(bundle, data, tmp_path):
-    slow = Path(shutil.copytree(bundle, tmp_path/'slow'))
-    (slow/'image.onnx').unlink(); seal(slow)  # PyTorch runs the encoder instead
-    verdict = compare(slow, bundle, data, GateConfig(draws=300, latency_ratio=1.2), progress=False).verdict
+def test_f50_slower_than_allowed(bundle, data, monkeypatch):
+    "The stopwatch is real; the model is slow enough for any machine."
+    real = promotion.answer_seconds
+    def with_delay(models, *args):
+        answer = models[0].predict
+        models[0].predict = lambda items: time.sleep(.5) or answer(items)
+        return real(models, *args)
+    monkeypatch.setattr(promotion, 'answer_seconds', with_delay); monkeypatch.setattr(promotion, 'N_TIMED', 1)
+    verdict = compare(bundle, bundle, data, QUICK, progress=False).verdict
     latency = next(c for c in verdict.checks if c.name == 'latency')
-    assert not latency.ok and latency.figures['latency_ratio'] > 1.2
+    assert not latency.ok and latency.figures['latency_ratio'] > 1.3
 
 
 def test_f50_exit_code_and_report(bundle, data_dir, tmp_path):
