@@ -7,16 +7,19 @@ import sys
 from dataclasses import asdict, replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
 
 from rakuten_mm import fitting
 from rakuten_mm.batches import ProductDataset
+from rakuten_mm.checkpoints import resume_from, run_key
 from rakuten_mm.classifier import encoder_groups
 from rakuten_mm.config import FitConfig, preset, single_modality
 from rakuten_mm.dataset import Dataset
-from rakuten_mm.fitting import answers, fit, resume_from, run_key
+from rakuten_mm.fitting import answers, fit
 from rakuten_mm.predictor import Predictor, read_golden
 from rakuten_mm.training import export
 
@@ -239,8 +242,31 @@ def test_f46_killed_after_the_last_epoch(data, killed, uninterrupted, tmp_path, 
     with monkeypatch.context() as m:
         m.setattr(fitting.shutil, 'rmtree', lambda p, *a, **k: die() if str(p).endswith('checkpoints') and list(p.glob('*.ckpt')) else None)
         with pytest.raises(Killed): fit(data, killed[1], out, progress=False)
-    assert resume_from(out, run_key(killed[1], 42, data.manifest['version'])).name == 'epoch=0005.ckpt'
+    assert resume_from(out, run_key(killed[1], 42, f"{data.manifest['version']} grouped")).name == 'epoch=0005.ckpt'
     same(fit(data, killed[1], out, progress=False), uninterrupted)
+
+
+def test_f46_killed_training_goes_on_in_another_folder(data, killed, uninterrupted, tmp_path, monkeypatch):
+    "As that of a pipeline must, which has a new folder for each run. Two equal ones at once keep apart, and one that failed starts afresh."
+    shared,seen,start = tmp_path/'shared', [], fitting.ProductClassifier.on_train_epoch_start
+    class Killed(BaseException): pass
+    monkeypatch.setattr(fitting.ProductClassifier, 'on_train_epoch_start', lambda self: (seen.append(self.current_epoch), start(self)))
+    def end(why, out):
+        def die(self, *a):
+            if self.current_epoch == 4: raise why
+        with monkeypatch.context() as m:
+            m.setattr(fitting.ProductClassifier, 'on_train_batch_end', die)
+            with pytest.raises(why): fit(data, killed[1], out, progress=False, shared=shared)
+    end(Killed, tmp_path/'a')
+    room = next(p for p in shared.iterdir() if p.is_dir())
+    with FileLock(room.with_suffix('.lock')):
+        end(Killed, tmp_path/'b')
+        assert seen == [0, 1, 2, 3, 4]*2 and (tmp_path/'b'/'checkpoints').exists()
+    seen.clear()
+    same(fit(data, killed[1], tmp_path/'c', progress=False, shared=shared), uninterrupted)
+    assert seen == [4, 5] and len(pd.read_csv(tmp_path/'c'/'history'/'metrics.csv')) == 6 and not room.exists()
+    end(ValueError, tmp_path/'d')
+    assert not room.exists()
 
 
 # Fault 47: what cannot be learnt from
