@@ -1,16 +1,17 @@
 """Where no partner is configured, play one: write a synthetic delivery to the folder that is fetched from.
 
-RAKUTEN_MM_SYNTHETIC says how many listings; without it, or if the folder is there, nothing happens.
+That folder is `synthetic` beside RAKUTEN_MM_RAW; if deliveries come from elsewhere, or it is there already, nothing happens.
 """
 import os
 import shutil
 from pathlib import Path
 
-rows,remote = int(os.environ.get('RAKUTEN_MM_SYNTHETIC') or 0), Path(os.environ['RAKUTEN_MM_REMOTE'])
-if rows and not remote.exists():
+ours = Path(os.environ['RAKUTEN_MM_RAW']).with_name('synthetic')
+if os.environ['RAKUTEN_MM_REMOTE'] == str(ours) and not ours.exists():
     from rakuten_mm.synthetic import synthesize
-    print(f'no partner is configured: writing {rows} synthetic listings to {remote}', flush=True)
-    stage = remote.with_name(f'.{remote.name}.tmp')
+    rows = int(os.environ.get('RAKUTEN_MM_SYNTHETIC') or 2000)
+    print(f'no partner is configured: writing {rows} synthetic listings to {ours}', flush=True)
+    stage = ours.with_name('.synthetic.tmp')
     shutil.rmtree(stage, ignore_errors=True)
     synthesize(stage, rows, max(rows//10, 10), progress=False)
-    stage.rename(remote)  # one that was killed leaves no half a delivery
+    stage.rename(ours)  # one that was killed leaves no half a delivery

@@ -27,7 +27,6 @@ import urllib.request
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-import yaml
 from dotenv import dotenv_values
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,15 +87,18 @@ def environment(
     if missing := [k for k in NEEDED if not env.get(k)]:
         sys.exit(f"{home/'.env'} has no {', '.join(missing)}; a good password: python -c 'import secrets; print(secrets.token_urlsafe(32))'")
     up,mlflow = home/'artifacts'/'up', f"127.0.0.1:{chosen['mlflow_port']}"
-    own = dict(RAKUTEN_MM_CHECKOUT=ROOT, RAKUTEN_MM_ARTIFACTS=home/'artifacts', RAKUTEN_MM_RAW=home/'data'/'raw', RAKUTEN_MM_DATA=home/'data'/'catalogue',
-               RAKUTEN_MM_UP=up, RAKUTEN_MM_SOCKET=socket_path(up), RAKUTEN_MM_API_PORT=chosen['port'], API_URL=f"http://127.0.0.1:{chosen['port']}",
-               RAKUTEN_MM_SCHEDULE=home/'artifacts'/'schedule'/'schedule.yaml', ZENML_CONFIG_PATH=up/'zenml', OMP_WAIT_POLICY='passive', PYTHONUNBUFFERED='1',
-               MLFLOW_TRACKING_URI=f'http://{mlflow}', MLFLOW_HOST='127.0.0.1', MLFLOW_PORT=chosen['mlflow_port'],
-               MLFLOW_SERVER_ALLOWED_HOSTS=f"{mlflow},localhost:{chosen['mlflow_port']}", MLFLOW_SERVER_CORS_ALLOWED_ORIGINS=f'http://{mlflow}',
-               MLFLOW_SERVER_ENABLE_JOB_EXECUTION='false', MLFLOW_AUTH_CONFIG_PATH=ROOT/'deploy'/'mlflow.ini',
-               MLFLOW_AUTH_ADMIN_USERNAME=env['MLFLOW_TRACKING_USERNAME'], MLFLOW_AUTH_ADMIN_PASSWORD=env['MLFLOW_TRACKING_PASSWORD'])
+    own = dict(
+        RAKUTEN_MM_CHECKOUT=ROOT, RAKUTEN_MM_UP=up, RAKUTEN_MM_SOCKET=socket_path(up), RAKUTEN_MM_SYNTHETIC=chosen['rows'],
+        RAKUTEN_MM_RAW=home/'data'/'deliveries'/'raw', RAKUTEN_MM_DATA=home/'data'/'catalogue', RAKUTEN_MM_ARTIFACTS=home/'artifacts',
+        RAKUTEN_MM_SCHEDULE=home/'artifacts'/'schedule'/'schedule.yaml', ZENML_CONFIG_PATH=up/'zenml',
+        RAKUTEN_MM_API_PORT=chosen['port'], API_URL=f"http://127.0.0.1:{chosen['port']}",
+        MLFLOW_TRACKING_URI=f'http://{mlflow}', MLFLOW_HOST='127.0.0.1', MLFLOW_PORT=chosen['mlflow_port'],
+        MLFLOW_SERVER_ALLOWED_HOSTS=f"{mlflow},localhost:{chosen['mlflow_port']}", MLFLOW_SERVER_CORS_ALLOWED_ORIGINS=f'http://{mlflow}',
+        MLFLOW_SERVER_ENABLE_JOB_EXECUTION='false', MLFLOW_AUTH_CONFIG_PATH=ROOT/'deploy'/'mlflow.ini',
+        MLFLOW_AUTH_ADMIN_USERNAME=env['MLFLOW_TRACKING_USERNAME'], MLFLOW_AUTH_ADMIN_PASSWORD=env['MLFLOW_TRACKING_PASSWORD'],
+        OMP_WAIT_POLICY='passive', PYTHONUNBUFFERED='1')
     env.setdefault('RAKUTEN_MM_FETCH_EVERY', '3600')
-    if not env.get('RAKUTEN_MM_REMOTE'): own |= dict(RAKUTEN_MM_REMOTE=home/'data'/'synthetic', RAKUTEN_MM_SYNTHETIC=chosen['rows'])
+    if not env.get('RAKUTEN_MM_REMOTE'): own |= dict(RAKUTEN_MM_REMOTE=home/'data'/'deliveries'/'synthetic')
     return env | {k: str(v) for k,v in own.items()}
 
 
@@ -193,7 +195,7 @@ class System:
         say(f"{LISTING['designation']!r} is answered: {self.answer['prdtypecode']} {self.answer['label']}, {self.answer['probability']:.0%}")
         secret = f"$(sed -n 's/^API_PASSWORD=//p' {self.home/'.env'})"
         say(f"curl -u \"{os.environ['API_USERNAME']}:{secret}\" {self.url}/predict/upload -F designation=\"{LISTING['designation']}\"")
-        say(f"the page for people: {self.url}   MLflow: {os.environ['MLFLOW_TRACKING_URI']} (user {os.environ['MLFLOW_TRACKING_USERNAME']})   Ctrl+C ends it all")
+        say(f"the page for people: {self.url}   MLflow: {os.environ['MLFLOW_TRACKING_URI']} (user {os.environ['MLFLOW_TRACKING_USERNAME']})")
 
     def run(self)->int:
         "Until we are asked to end, or with `--once` until there is an answer. The exit code."
@@ -249,7 +251,8 @@ def start(args, home:Path, note:Note)->int:
     note.hold()
     made = not (home/'.env').exists()
     if made: make_env_file(home/'.env')
-    chosen = dict(port=choose_port(args.port, 8080, '--port'), mlflow_port=choose_port(args.mlflow_port, 5000, '--mlflow-port'), rows=args.rows, pid=os.getpid())
+    ports = dict(port=choose_port(args.port, 8080, '--port'), mlflow_port=choose_port(args.mlflow_port, 5000, '--mlflow-port'))
+    chosen = ports | dict(rows=args.rows, pid=os.getpid())
     os.environ.update(environment(home, chosen), RAKUTEN_MM_PRESET=args.preset)
     for d in ('RAKUTEN_MM_ARTIFACTS', 'RAKUTEN_MM_DATA'): Path(os.environ[d]).mkdir(parents=True, exist_ok=True)
     (home/'artifacts'/'mlflow').mkdir(exist_ok=True, mode=0o700)
@@ -289,7 +292,8 @@ def run(args, home:Path, note:Note)->int:
     "`run`"
     if not note.path.exists(): sys.exit('it was never up here')
     os.environ.update(environment(home, note.read()))
-    del os.environ['RAKUTEN_MM_UP']  # it is none of the services, and does not end with them
+    # It is none of the services, and does not end with them: its mark is another spelling of the same folder.
+    os.environ['RAKUTEN_MM_UP'] += '/.'
     return subprocess.run(args.command).returncode
 
 
