@@ -61,11 +61,14 @@ def test_f42_unknown_parameter(stack, tmp_path):
 
 
 def test_f44_failing_notebook(stack, tmp_path):
-    "Exit code 1, MLflow run FAILED, the notebook kept with it."
+    "Exit code 1, step FAILED, MLflow run FAILED, the notebook kept with it."
+    from zenml.client import Client
     res = zenml('ingestion', tmp_path, raw_dir=tmp_path/'nothing', data_dir=tmp_path/'data')
     assert res.returncode == 1 and 'no such folder' in res.stdout+res.stderr
     run = last_run()
     assert run.info.status == 'FAILED'
+    zen = Client().list_pipeline_runs(name=run.info.run_name, hydrate=True).items[0]
+    assert zen.status == 'failed' and {n: s.status for n,s in zen.steps.items()} == dict(fetch='completed', ingest='failed')
     assert 'notebooks/ingest.ipynb' in {a.path for a in mlflow_client().list_artifacts(run.info.run_id, 'notebooks')}
     assert not (tmp_path/'data'/'CURRENT').exists()
 

@@ -3,8 +3,13 @@ import json
 
 import nbformat
 import pytest
+from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
 
+from rakuten_mm.embedding import EmbeddingStore
+from rakuten_mm.ingestion import ingest
+from rakuten_mm.synthetic import synthesize
 from rakuten_mm.tracking import mlflow_client, tracked_run
 from zenml_pipelines import run_notebook as rn
 from zenml_pipelines.run_notebook import NotebookError, run_notebook
@@ -69,7 +74,8 @@ def test_f43_lost_tag_is_refused(runs):
 
 
 @pytest.mark.parametrize('cell,why', [('raise KeyError("colour")', 'KeyError'), ('import os; os._exit(9)', 'DeadKernel'),
-                                      ('import time; time.sleep(60)', 'Timeout')], ids=['exception', 'dead kernel', 'timeout'])
+                                      ('import os; os.kill(os.getpid(), 9)', 'DeadKernel'),  # as the kernel does where memory runs out
+                                      ('import time; time.sleep(60)', 'Timeout')], ids=['exception', 'dead kernel', 'killed', 'timeout'])
 def test_f44_notebook_that_does_not_finish(runs, cell, why):
     "It raises, an older result is not mistaken for its own, and what it got to is kept with the run."
     make_notebook(runs/'n.ipynb', 'print("got here")', cell, WRITE)
@@ -85,3 +91,36 @@ def test_f44_notebook_that_does_not_finish(runs, cell, why):
 def test_f44_notebook_that_forgets_its_result(runs):
     make_notebook(runs/'n.ipynb', 'pass')
     with pytest.raises(NotebookError, match='before writing result.json'): run_notebook('n', runs/'out')
+
+
+# Fault 48: nothing is cached by ZenML, which does not see that a notebook changed; what is known already is known by its content
+
+def test_f48_no_step_and_no_pipeline_is_cached():
+    made = [l for p in (ROOT/'zenml_pipelines').rglob('*.py') for l in p.read_text().splitlines() if l.startswith(('@step', '@pipeline'))]
+    assert len(made) > 8 and all('enable_cache=False' in l for l in made)
+
+
+def test_f48_edited_notebook_runs_anew(runs):
+    make_notebook(runs/'n.ipynb', WRITE)
+    assert run_notebook('n', runs/'out', x=5, progress=False) == {'x': 5}
+    make_notebook(runs/'n.ipynb', WRITE.replace('x=x', 'x=x+1'))
+    assert run_notebook('n', runs/'out', x=5, progress=False) == {'x': 6}
+
+
+def test_f48_unchanged_data_is_not_worked_on_again(tmp_path):
+    "No new version and no picture encoded; after an edit there is a new version, and only the edited picture is encoded."
+    raw,data_dir,encoded = synthesize(tmp_path/'raw', 60, 5, progress=False), tmp_path/'data', []
+    def prepare():
+        data = ingest(raw, data_dir, progress=False)
+        encoded.clear()
+        EmbeddingStore(tmp_path/'store', 'mean').fill_images(data.products.image.tolist(), data.images_dir, 8,
+            lambda x: (encoded.extend(x), x.reshape(len(x), -1, 3).mean(1).astype('float32'))[1], progress=False)
+        return data.manifest['version'], len(encoded)
+    first,n = prepare()
+    files = lambda: {p: p.stat().st_mtime_ns for p in data_dir.rglob('*') if p.is_file() and 'versions' in p.parts}
+    before = files()
+    assert n > 30 and prepare() == (first, 0) and files() == before
+    picture = next(iter(sorted((raw/'images'/'image_train').glob('*.jpg'))))
+    Image.new('RGB', (64, 64), 'teal').save(picture)
+    second,n = prepare()
+    assert second != first and n == 1 and prepare() == (second, 0)
