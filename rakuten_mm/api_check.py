@@ -30,13 +30,12 @@ def check_state(
     while True:
         try: bundle,version = resolve_model(model)
         except Exception as e: return [Check('state', 'registry', f'{type(e).__name__}: {e}')], None, ''
-        told = p.ask('GET', '/version', auth)
-        served = told.data.get('model_version', '')
-        if told.status != 200 or served == version or time.monotonic() > end: break
+        told,ready = p.ask('GET', '/version', auth), p.ask('GET', '/ready')
+        served,mood = told.data.get('model_version', ''), ready.data.get('status')
+        if told.status != 200 or (served == version and mood == 'ready') or time.monotonic() > end: break
         p.sleep(min(1, wait_s))
-    ready,problem = p.ask('GET', '/ready'), told.data.get('problem')
     checks = [expect('state', '/ready', ready, 200), expect('state', '/version', told, 200)]
-    if ready.status == 200: checks.append(Check('state', 'ready', '' if ready.data.get('status') == 'ready' else f"{ready.data.get('status')}: {problem}"))
+    if ready.status == 200: checks.append(Check('state', 'ready', '' if mood == 'ready' else f"{mood}: {told.data.get('problem')}"))
     if told.status == 200: checks.append(Check('state', 'version', '' if served == version else f"{served} answers instead of {version} of {model}"))
     return checks, bundle if served == version else None, version
 

@@ -279,7 +279,7 @@ def test_f21_f23_swap_and_rollback_under_load(following, registry, bundle):
         time.sleep(1)
         new = f'rakuten-mm/{registry(bundle)}'
         with httpx.Client(base_url=server.url, timeout=30) as http:  # the check waits for it as well
-            assert not any(c.found for c in check_state(Prober(http), AUTH['Authorization'], 'models:/rakuten-mm@champion', 60)[0])
+            assert [str(c) for c in check_state(Prober(http), AUTH['Authorization'], 'models:/rakuten-mm@champion', 60)[0] if c.found] == []
         assert serving(server) == new
         time.sleep(.5)
         registry.client.set_registered_model_alias('rakuten-mm', 'champion', server.version.split('/')[1])
