@@ -3,7 +3,7 @@
     python scripts/bench_retraining.py --json out.json [--quick] [--only loop|sabotage|power|active]
 
 loop      A first delivery, then ten months along the generator's time axis: the class mix drifts, 10 % of the labels are wrong,
-          a category appears that was not there. A third of a month's listings is delivered with labels; of the server's review
+          a category appears that was not there. A fifth of a month's listings is delivered with labels; of the server's review
           lane, as many as 5 % of the month's listings are corrected, the most useful first. Each month: ingest, take corrections
           in, train from where the champion stands, gate, promote. Beside it a model trained from scratch on everything so far.
           Both are asked about all listings of the NEXT month, against their true categories.
@@ -416,15 +416,15 @@ def main():
     meter = Meter()
     try:
         if 'loop' in parts or 'sabotage' in parts:
-            loop = Loop(home/'loop', cfg, *((400, 120, 100, 2) if args.quick else (1_500, 1_000, 300, 10)), meter)
+            loop = Loop(home/'loop', cfg, *((400, 120, 100, 2) if args.quick else (3_000, 1_000, 200, 10)), meter)
             loop.home.mkdir()
             if 'loop' in parts: out['loop'] = bench_loop(loop)
             else:
                 from rakuten_mm.ingestion import ingest
                 for m in range(loop.months+1): loop.data = ingest(loop.delivery(m), loop.home/'data', progress=False)
             if 'sabotage' in parts: out['sabotage'] = bench_sabotage(loop.data, cfg, home/'sabotage')
-        if 'power' in parts: out['power'] = bench_power(cfg, home/'power', *((600, 2_000, 1_000, 4) if args.quick else (3_000, 9_000, 3_000, 20)))
-        if 'active' in parts: out['active'] = bench_active(cfg, home/'active', *((300, 300, 300, 1) if args.quick else (1_200, 2_400, 1_500, 4)))
+        if 'power' in parts: out['power'] = bench_power(cfg, home/'power', *((400, 1_500, 1_000, 2) if args.quick else (3_000, 9_000, 3_000, 20)))
+        if 'active' in parts: out['active'] = bench_active(cfg, home/'active', *((250, 250, 250, 1) if args.quick else (1_200, 2_400, 1_500, 4)))
     finally: shutil.rmtree(home, ignore_errors=True)
     bars = dict(compute_ratio=('loop', '<=', .15), largest_lag=('loop', '<=', .02), sabotaged_refused=('sabotage', '>=', 1),
                 equal_refused=('sabotage', '>=', 1), better_promoted=('power', '>=', .9), active_over_random=('active', '>=', 2))
