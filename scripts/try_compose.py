@@ -3,8 +3,9 @@
     sudo .venv/bin/python scripts/try_compose.py --rows 300 --preset smoke
 
 Commands, environments, health checks, order and volumes are read from compose.yaml. Each service has a mount namespace with a read-only root,
-its own volumes and /tmp, runs as its user without capabilities and may not gain any. What Docker would add and this does not: the images
-themselves, networks between services (here they share the loopback address), limits, and restarts. PostgreSQL is the one of this machine.
+its own volumes and /tmp, runs as its user without capabilities and may not gain any; there is no network but loopback. What Docker would add
+and this does not: the images themselves, networks between services (here they share loopback), limits, and restarts. PostgreSQL is the one of
+this machine.
 """
 import argparse
 import glob
@@ -154,7 +155,8 @@ def main():
     parser.add_argument('--keep', type=Path, help='copy the logs here')
     args = parser.parse_args()
     if os.getuid(): sys.exit('only root can mount; see --help')
-    if os.getpid() != 1: os.execvp('unshare', ['unshare', '--mount', '--pid', '--fork', '--kill-child', '--mount-proc', sys.executable, *sys.argv])
+    if os.getpid() != 1: os.execvp('unshare', ['unshare', '--mount', '--net', '--pid', '--fork', '--kill-child', '--mount-proc', sys.executable, *sys.argv])
+    subprocess.run(['ip', 'link', 'set', 'lo', 'up'], check=True)  # of this program's own network namespace
     names = ('API_PASSWORD', 'API_SECRET', 'MLFLOW_TRACKING_PASSWORD', 'MLFLOW_FLASK_SERVER_SECRET_KEY', 'POSTGRES_PASSWORD')
     env = {k: secrets.token_urlsafe(24) for k in names}
     env |= dict(API_USERNAME='catalogue', RAKUTEN_MM_SYNTHETIC=args.rows, RAKUTEN_MM_PRESET=args.preset)
