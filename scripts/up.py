@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -247,13 +248,15 @@ class Note:
 
 def start(args, home:Path, note:Note)->int:
     "`up`"
+    if not shutil.which('rclone'): sys.exit('rclone is not installed: `apt install rclone`, `brew install rclone` or https://rclone.org/install/')
     note.lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     note.hold()
     made = not (home/'.env').exists()
     if made: make_env_file(home/'.env')
     ports = dict(port=choose_port(args.port, 8080, '--port'), mlflow_port=choose_port(args.mlflow_port, 5000, '--mlflow-port'))
     chosen = ports | dict(rows=args.rows, pid=os.getpid())
-    os.environ.update(environment(home, chosen), RAKUTEN_MM_PRESET=args.preset)
+    os.environ.update(environment(home, chosen))
+    if args.preset: os.environ['RAKUTEN_MM_PRESET'] = args.preset
     for d in ('RAKUTEN_MM_ARTIFACTS', 'RAKUTEN_MM_DATA'): Path(os.environ[d]).mkdir(parents=True, exist_ok=True)
     (home/'artifacts'/'mlflow').mkdir(exist_ok=True, mode=0o700)
     note.path.write_text(json.dumps(chosen))
@@ -304,7 +307,7 @@ def main()->int:
     parser.add_argument('--port', type=int, help='of the API (8080, or a free one if that is taken)')
     parser.add_argument('--mlflow-port', type=int, help='of MLflow (5000, or a free one if that is taken)')
     parser.add_argument('--rows', type=int, default=2000, help='synthetic listings, where no partner is configured (2000)')
-    parser.add_argument('--preset', default='cpu', help='what is trained (cpu)')
+    parser.add_argument('--preset', help='what is trained (cpu)')
     parser.add_argument('--once', action='store_true', help='stop after the first answered prediction; the answer is the last line')
     parser.add_argument('--home', type=Path, default=ROOT, help='folder with .env, data/ and artifacts/ (the checkout)')
     own,command = sys.argv[1:], []
