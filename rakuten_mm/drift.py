@@ -6,7 +6,7 @@
 __all__ = ['CAUSES', 'NUMBERS', 'ADVICE', 'Levels', 'Shift', 'compare', 'judge', 'candidates', 'explained', 'DriftReport',
            'answer', 'detect', 'shift_figure', 'mix_figure', 'request_retraining']
 
-# %% ../nbs/lib/19e_drift.ipynb #409b5522
+# %% ../nbs/lib/19e_drift.ipynb #3c8c100f
 import json
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -18,7 +18,7 @@ from .prior_shift import bbse_priors, em_priors
 from .seal import write_atomic
 from .traffic import Traffic
 from .reweighting import mix_size, states, to_estimate, to_mix, to_states
-from .two_sample import chi_square, classifier_test, holm, kolmogorov_smirnov
+from .two_sample import chi_square, classifier_test, holm, hotelling, kolmogorov_smirnov
 
 # %% ../nbs/lib/19e_drift.ipynb #03a91506
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Shift:
 
 CAUSES = 'label mix','missing parts','content'
 
-# %% ../nbs/lib/19e_drift.ipynb #3eeadaab
+# %% ../nbs/lib/19e_drift.ipynb #5cfeb9b4
 NUMBERS = dict(title_length='text', description_length='description', aspect='image', side='image', padding='image', brightness='image') # Part of each
 
 def compare(
@@ -62,7 +62,7 @@ def compare(
         out.append(Shift(name, cause, effect, limit, p))
     label,parts,content = CAUSES
     both = lambda c: (a[c].to_numpy(), b[c].to_numpy())
-    test('class mix', label, chi_square, levels.categories, *both('predicted'), size=mix_size(ref, weights))
+    test('class mix', label, hotelling, levels.categories, ref.probs, win.probs, size=mix_size(ref, weights))
     test('parts', parts, chi_square, levels.categories, states(ref), states(win))
     for c,m in dict(language='text', lane=None).items(): test(c, content, chi_square, levels.categories, *both(c), m)
     for c,m in dict(confidence=None, **NUMBERS).items(): test(c.replace('_', ' '), content, kolmogorov_smirnov, levels.numbers, *both(c), m)
@@ -158,7 +158,7 @@ def answer(
     key = max(best, key=best.get) if best else None
     return [*out, content], tries[key] if key else found, best[key] if key else None
 
-# %% ../nbs/lib/19e_drift.ipynb #44324a85
+# %% ../nbs/lib/19e_drift.ipynb #e25923df
 def detect(
     ref:Traffic, # Held-out listings of the training version, with labels and mix
     win:Traffic, # What was served
@@ -172,6 +172,7 @@ def detect(
     causes,left,share = answer(found, candidates(ref, win, {s.cause for s in found if s.alarm}, levels))
     before = np.average(ref.probs, axis=0, weights=base)
     em,bbse = em_priors(win.probs, before, 20.), bbse_priors(ref.probs, ref.labels, win.probs)
+    if CAUSES[1] in causes: em = np.bincount(ref.labels, to_estimate(ref, win, True), minlength=len(em))/len(ref)
     mix = {c: dict(before=float(ref.mix[i]), em=float(em[i]), bbse=float(bbse[i])) for i,c in enumerate(ref.codes)}
     advice = {0: 'nothing', 1: 'priors', 2: 'parts', 4: 'retrain'}[max([0, *(2**CAUSES.index(c) for c in causes)])]
     return DriftReport(len(ref), len(win), causes, advice, found, left, share, mix)

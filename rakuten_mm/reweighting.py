@@ -11,7 +11,7 @@ from .prior_shift import em_priors
 from .traffic import Traffic
 from .two_sample import effective
 
-# %% ../nbs/lib/19d_reweighting.ipynb #69a6ed5b
+# %% ../nbs/lib/19d_reweighting.ipynb #4d5c528a
 def to_mix(
     ref:Traffic, # With labels
     mix:np.ndarray, # (K,)
@@ -24,9 +24,8 @@ def mix_size(
     ref:Traffic, # With labels and mix
     weights:np.ndarray, # (M,)
 )->float:
-    "Effective number of listings behind the weighted share of each answer."
-    k = len(ref.codes)
-    answer,label = np.eye(k)[ref.table.predicted], np.eye(k)[ref.labels]
+    "Effective number of listings behind the weighted mean of the probabilities."
+    answer,label = ref.probs, np.eye(len(ref.codes))[ref.labels]
     n = label.sum(0)
     mean = label.T@answer/np.maximum(n, 1)[:, None]
     spread = lambda x: (weights[:, None]*x**2).sum()
