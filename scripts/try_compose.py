@@ -161,7 +161,8 @@ def main():
     env = {k: secrets.token_urlsafe(24) for k in names}
     env |= dict(API_USERNAME='catalogue', RAKUTEN_MM_SYNTHETIC=args.rows, RAKUTEN_MM_PRESET=args.preset)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    for d in ('/app', '/var/lib/postgresql/data', '/var/run/postgresql'): Path(d).mkdir(parents=True, exist_ok=True)
+    made = [d for d in map(Path, ('/app', '/var/lib/postgresql/data', '/var/run/postgresql')) if not d.exists()]
+    for d in made: d.mkdir(parents=True)
     # Not below /tmp, which is each service's own.
     with tempfile.TemporaryDirectory(dir='/var/tmp', prefix='rakuten-mm-') as base:
         os.chmod(base, 0o755)
@@ -175,6 +176,7 @@ def main():
         finally:
             if args.keep: shutil.copytree(Path(base)/'logs', args.keep, dirs_exist_ok=True)
             os.kill(-1, signal.SIGKILL)  # all others in this process namespace
+            for d in made: d.rmdir()
 
 
 if __name__ == '__main__': main()

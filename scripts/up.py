@@ -138,6 +138,7 @@ class Tail:
 
 class Watch(threading.Thread):
     "Asks one service how it is, and says when that changes."
+    ending = False  # Nobody wonders any more
     def __init__(self, name:str, pause_s:float):
         super().__init__(daemon=True)
         self.name,self.pause_s,self.well,self.said,self.since = name, pause_s, False, '', time.monotonic()
@@ -145,6 +146,7 @@ class Watch(threading.Thread):
     def run(self):
         while True:
             why,now = problem(self.name), time.monotonic()
+            if self.ending: return
             if not why and not self.well: say(f'{self.name} is healthy after {now-self.since:.0f} s'); self.since = now
             elif why and self.well: say(f'{self.name} is not healthy: {why}'); self.since = now
             self.well = not why
@@ -213,6 +215,7 @@ class System:
 
     def stop(self)->int:
         "End the services, last the ones that others need."
+        Watch.ending = True
         say('ending')
         self.process.terminate()
         while self.process.poll() is None: self.tell(); time.sleep(.1)
