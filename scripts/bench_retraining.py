@@ -88,9 +88,14 @@ def macro_f1(probs:np.ndarray, codes:list[int], truth:pd.Series)->float:
 
 
 def in_memory(fitted):
-    "A fitted network as a predictor, without sealing it."
+    "A fitted network as a predictor, without sealing it; pictures are read by the graph that training uses."
+    from rakuten_mm.config import graphs_dir
     from rakuten_mm.predictor import Predictor
-    return Predictor(fitted.net, dict(codes=fitted.codes, names={str(c): n for c,n in fitted.names.items()}, train={}, info={}), fitted.triage)
+    from rakuten_mm.runtime import frozen_runtime
+    names = {str(c): n for c,n in fitted.names.items()}
+    p = Predictor(fitted.net, dict(codes=fitted.codes, names=names, train={}, info={}), fitted.triage)
+    if fitted.net.image: p.encode = frozen_runtime(fitted.net.image, p.size, graphs_dir())
+    return p
 
 
 def asked(model, rows:pd.DataFrame, raw:Path)->np.ndarray: # (N, K)
