@@ -168,7 +168,7 @@ class System:
         self.up = Path(os.environ['RAKUTEN_MM_UP'])
         self.tails = {n: Tail(self.up/f'{n}.log') for n in SERVICES}
         self.watches = {n: Watch(n, 4 if n == 'scheduler' else 1) for n in SERVICES}
-        self.asked_to_end,self.answer,self.process = 0, None, None
+        self.asked_to_end,self.answer,self.process,self.trouble = 0, None, None, ''
         for sig in (signal.SIGTERM, signal.SIGINT): signal.signal(sig, self.end)
 
     def end(self, *_):
@@ -194,7 +194,9 @@ class System:
     def greet(self):
         "The first answer, and how to get the next."
         try: self.answer = ask(self.url)
-        except (OSError, ValueError) as e: say(f'no answer yet: {e}'); return
+        except (OSError, ValueError) as e:
+            if str(e) != self.trouble: say(f"no answer yet: {e}{'; does another server have this port?' if '401' in str(e) else ''}"); self.trouble = str(e)
+            time.sleep(1); return
         say(f"{LISTING['designation']!r} is answered: {self.answer['prdtypecode']} {self.answer['label']}, {self.answer['probability']:.0%}")
         secret = f"$(sed -n 's/^API_PASSWORD=//p' {self.home/'.env'})"
         say(f"curl -u \"{os.environ['API_USERNAME']}:{secret}\" {self.url}/predict/upload -F designation=\"{LISTING['designation']}\"")

@@ -1,6 +1,7 @@
 "Environment and artefacts that the tests share."
 import base64
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from rakuten_mm.config import load_environment, preset
 
@@ -15,12 +17,32 @@ ROOT = Path(__file__).parents[1]
 USER,PASSWORD = 'anna', 'pässword: ü'
 
 
+def shared_dir(tmp_path_factory)->Path:
+    "A folder that all processes of a test run have in common."
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if os.environ.get('PYTEST_XDIST_WORKER') else base)/'shared'
+    shared.mkdir(exist_ok=True)
+    return shared
+
+
+def made_once(tmp_path_factory, name:str, make)->Path:
+    "What `make` writes into a folder, done by the first process that needs it while the others wait."
+    folder = shared_dir(tmp_path_factory)/name
+    with FileLock(f'{folder}.lock'):
+        done = folder/'.done'
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True); folder.mkdir()  # of one that failed
+            done.write_text(str(make(folder)))
+    return Path(done.read_text())
+
+
 @pytest.fixture(scope='session', autouse=True)
 def environment(tmp_path_factory):
     "Artifacts, ZenML's store and credentials of this session's own; the developer's `.env` is not read."
     scratch = tmp_path_factory.mktemp('session')
-    os.environ |= dict(RAKUTEN_MM_ARTIFACTS=str(scratch/'artifacts'), ZENML_CONFIG_PATH=str(scratch/'zenml'), RAKUTEN_MM_GRAPHS=str(scratch/'graphs'))
-    for k in ('MLFLOW_TRACKING_URI', 'API_USERNAME', 'API_PASSWORD', 'RAKUTEN_MM_USE_HUB'): os.environ.pop(k, None)
+    graphs = shared_dir(tmp_path_factory)/'graphs'  # an encoder's takes a quarter of a minute to make
+    os.environ |= dict(RAKUTEN_MM_ARTIFACTS=str(scratch/'artifacts'), ZENML_CONFIG_PATH=str(scratch/'zenml'), RAKUTEN_MM_GRAPHS=str(graphs))
+    for k in ('MLFLOW_TRACKING_URI', 'API_USERNAME', 'API_PASSWORD', 'RAKUTEN_MM_USE_HUB', 'RAKUTEN_MM_REMOTE', 'RAKUTEN_MM_RAW'): os.environ.pop(k, None)
     load_environment(scratch/'no.env')
 
 
@@ -34,18 +56,17 @@ def restored_environment():
 
 @pytest.fixture(scope='session')
 def raw(environment, tmp_path_factory):
-    "A synthetic delivery."
+    "A synthetic delivery; read only, as all that is made once."
     from rakuten_mm.synthetic import synthesize
-    return synthesize(tmp_path_factory.mktemp('delivery')/'raw', 500, 40, progress=False)
+    return made_once(tmp_path_factory, 'delivery', lambda d: synthesize(d/'raw', 500, 40, progress=False))
 
 
 @pytest.fixture(scope='session')
 def data_dir(raw, tmp_path_factory):
     "The delivery, ingested."
     from rakuten_mm.ingestion import ingest
-    folder = tmp_path_factory.mktemp('dataset')
-    ingest(raw, folder, progress=False)
-    return folder
+    def make(folder): ingest(raw, folder/'data', progress=False); return folder/'data'
+    return made_once(tmp_path_factory, 'dataset', make)
 
 
 @pytest.fixture(scope='session')
@@ -53,8 +74,14 @@ def bundle(data_dir, tmp_path_factory):
     "A small fused model."
     from rakuten_mm.dataset import Dataset
     from rakuten_mm.training import export, fit
-    out,data = tmp_path_factory.mktemp('bundle'), Dataset.open(data_dir)
-    return export(fit(data, preset('smoke'), out, progress=False), data, out)
+    def make(out): data = Dataset.open(data_dir); return export(fit(data, preset('smoke'), out, progress=False), data, out)
+    return made_once(tmp_path_factory, 'training', make)
+
+
+@pytest.fixture(scope='session')
+def stack(environment):
+    "ZenML's stack."
+    subprocess.run([sys.executable, 'scripts/setup_stack.py'], cwd=ROOT, check=True)
 
 
 class Served:
