@@ -6,7 +6,7 @@
 __all__ = ['CAUSES', 'NUMBERS', 'ADVICE', 'Levels', 'Shift', 'compare', 'judge', 'candidates', 'explained', 'DriftReport',
            'answer', 'detect', 'shift_figure', 'mix_figure', 'request_retraining']
 
-# %% ../nbs/lib/19e_drift.ipynb #3c8c100f
+# %% ../nbs/lib/19e_drift.ipynb #c04c55b0
 import json
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -17,7 +17,7 @@ from .config import artifacts_dir
 from .prior_shift import bbse_priors, em_priors
 from .seal import write_atomic
 from .traffic import Traffic
-from .reweighting import mix_size, states, to_estimate, to_mix, to_states
+from .reweighting import states, to_estimate, to_mix, to_states
 from .two_sample import chi_square, classifier_test, holm, hotelling, kolmogorov_smirnov
 
 # %% ../nbs/lib/19e_drift.ipynb #03a91506
@@ -43,7 +43,7 @@ class Shift:
 
 CAUSES = 'label mix','missing parts','content'
 
-# %% ../nbs/lib/19e_drift.ipynb #5cfeb9b4
+# %% ../nbs/lib/19e_drift.ipynb #895112c3
 NUMBERS = dict(title_length='text', description_length='description', aspect='image', side='image', padding='image', brightness='image') # Part of each
 
 def compare(
@@ -62,7 +62,7 @@ def compare(
         out.append(Shift(name, cause, effect, limit, p))
     label,parts,content = CAUSES
     both = lambda c: (a[c].to_numpy(), b[c].to_numpy())
-    test('class mix', label, hotelling, levels.categories, ref.probs, win.probs, size=mix_size(ref, weights))
+    test('class mix', label, hotelling, levels.categories, ref.probs, win.probs, strata=ref.labels, size=ref.mix_size or len(ref))
     test('parts', parts, chi_square, levels.categories, states(ref), states(win))
     for c,m in dict(language='text', lane=None).items(): test(c, content, chi_square, levels.categories, *both(c), m)
     for c,m in dict(confidence=None, **NUMBERS).items(): test(c.replace('_', ' '), content, kolmogorov_smirnov, levels.numbers, *both(c), m)
