@@ -1,4 +1,4 @@
-"The pipelines as their users run them: the `zenml` command, a registered stack, YAML."
+"The pipelines as their users run them: a registered stack, YAML; one that succeeds and one that fails by the `zenml` command, the others in this process."
 import json
 import os
 import shutil
@@ -10,24 +10,41 @@ import pytest
 import yaml
 from conftest import PASSWORD, ROOT, USER, running_server
 
+from rakuten_mm.access_check import APICheckError
 from rakuten_mm.dataset import Dataset
 from rakuten_mm.promotion import promote
 from rakuten_mm.tracking import EXPERIMENT, alias_version, mlflow_client, register_bundle, tracked_run
 
 
-@pytest.fixture(scope='module')
-def stack():
-    "The stack, registered twice: the second time must change nothing."
-    for _ in range(2): subprocess.run([sys.executable, 'scripts/setup_stack.py'], cwd=ROOT, check=True)
+@pytest.fixture(autouse=True)
+def again(stack, monkeypatch):
+    "Registering a stack that is there changes nothing."
+    import setup_stack
+    monkeypatch.chdir(ROOT)
+    setup_stack.main()
 
 
-def zenml(pipeline:str, tmp_path, env=None, **parameters):
-    "Run a pipeline from the command line."
+def config(folder:Path, parameters:dict)->str:
+    "A configuration file."
     values = {k: str(v) if isinstance(v, os.PathLike) else v for k,v in parameters.items()}
-    (tmp_path/'c.yaml').write_text(yaml.safe_dump({'parameters': values}))
+    (folder/'c.yaml').write_text(yaml.safe_dump({'parameters': values}))
+    return str(folder/'c.yaml')
+
+
+def zenml(pipeline:str, tmp_path, **parameters):
+    "Run a pipeline from the command line."
     command = [str(Path(sys.executable).with_name('zenml')), 'pipeline', 'run', f'zenml_pipelines.{pipeline}',
-               '-c', str(tmp_path/'c.yaml'), '-s', 'rakuten_local']
-    return subprocess.run(command, cwd=ROOT, env=os.environ | (env or {}), capture_output=True, text=True)
+               '-c', config(tmp_path, parameters), '-s', 'rakuten_local']
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def run(pipeline:str, tmp_path, **parameters):
+    "Run it in this process: what the command does, without a quarter of a minute of imports."
+    from zenml.client import Client
+
+    import zenml_pipelines
+    Client().activate_stack('rakuten_local')
+    getattr(zenml_pipelines, pipeline).with_options(config_path=config(tmp_path, parameters))()
 
 
 def last_run():
@@ -39,25 +56,23 @@ def last_run():
 
 def test_ingestion_then_training(stack, raw, tmp_path):
     source = dict(remote=raw, raw_dir=tmp_path/'fetched') if shutil.which('rclone') else dict(raw_dir=raw)
-    res = zenml('ingestion', tmp_path, data_dir=tmp_path/'data', **source)
-    assert res.returncode == 0, res.stdout+res.stderr
+    run('ingestion', tmp_path, data_dir=tmp_path/'data', **source)
     version = Dataset.open(tmp_path/'data').manifest['version']
     assert last_run().data.tags['data_version'] == version
     before = alias_version('champion')
     res = zenml('training', tmp_path, data_dir=tmp_path/'data', artifacts_dir=os.environ['RAKUTEN_MM_ARTIFACTS'], preset='smoke', seed=1)
     assert res.returncode == 0, res.stdout+res.stderr
-    run,client = last_run(), mlflow_client()
-    assert run.info.status == 'FINISHED' and run.data.tags['data_version'] == version and run.data.tags['git_commit']
-    assert len(client.get_metric_history(run.info.run_id, 'val/f1_weighted')) > 1
-    assert {a.path for a in client.list_artifacts(run.info.run_id)} == {'bundle', 'evaluation', 'notebooks'}
+    train,client = last_run(), mlflow_client()
+    assert train.info.status == 'FINISHED' and train.data.tags['data_version'] == version and train.data.tags['git_commit']
+    assert len(client.get_metric_history(train.info.run_id, 'val/f1_weighted')) > 1
+    assert {a.path for a in client.list_artifacts(train.info.run_id)} == {'bundle', 'evaluation', 'notebooks'}
     decision = json.loads(next((Path(os.environ['RAKUTEN_MM_ARTIFACTS'])/'runs').glob('training-*/promote/decision.json')).read_text())
     assert decision['champion'] == before and alias_version('challenger') == decision['challenger']
     assert (alias_version('champion') == decision['challenger']) == decision['promoted']
 
 
 def test_f42_unknown_parameter(stack, tmp_path):
-    res = zenml('training', tmp_path, data_dir=tmp_path, prset='smoke')
-    assert res.returncode == 1 and 'prset' in res.stdout+res.stderr
+    with pytest.raises(Exception, match='prset'): run('training', tmp_path, data_dir=tmp_path, prset='smoke')
 
 
 def test_f44_failing_notebook(stack, tmp_path):
@@ -65,23 +80,41 @@ def test_f44_failing_notebook(stack, tmp_path):
     from zenml.client import Client
     res = zenml('ingestion', tmp_path, raw_dir=tmp_path/'nothing', data_dir=tmp_path/'data')
     assert res.returncode == 1 and 'no such folder' in res.stdout+res.stderr
-    run = last_run()
-    assert run.info.status == 'FAILED'
-    zen = Client().list_pipeline_runs(name=run.info.run_name, hydrate=True).items[0]
+    failed = last_run()
+    assert failed.info.status == 'FAILED'
+    zen = Client().list_pipeline_runs(name=failed.info.run_name, hydrate=True).items[0]
     assert zen.status == 'failed' and {n: s.status for n,s in zen.steps.items()} == dict(fetch='completed', ingest='failed')
-    assert 'notebooks/ingest.ipynb' in {a.path for a in mlflow_client().list_artifacts(run.info.run_id, 'notebooks')}
+    assert 'notebooks/ingest.ipynb' in {a.path for a in mlflow_client().list_artifacts(failed.info.run_id, 'notebooks')}
     assert not (tmp_path/'data'/'CURRENT').exists()
 
 
-def test_api_check(stack, bundle, data_dir, tmp_path):
-    "It passes on a server of the champion, and fails with another password."
-    with tracked_run(name='api check') as run: version = register_bundle(run, bundle)
+def test_api_check(stack, bundle, data_dir, tmp_path, monkeypatch):
+    "It passes on a server of the champion, and fails with another password; either way its report is kept."
+    with tracked_run(name='api check') as registering: version = register_bundle(registering, bundle)
     mlflow_client().set_registered_model_alias('rakuten-mm', 'champion', version)
     assert not promote(version, Dataset.open(data_dir), progress=False).promoted
+    monkeypatch.setenv('API_USERNAME', USER)
     with running_server(f'models:/rakuten-mm/{version}') as served:
-        res = zenml('api_check', tmp_path, dict(API_USERNAME=USER, API_PASSWORD=PASSWORD), url=served.url)
-        assert res.returncode == 0, res.stdout+res.stderr
-        assert last_run().info.status == 'FINISHED'
-        res = zenml('api_check', tmp_path, dict(API_USERNAME=USER, API_PASSWORD='another'), url=served.url)
-    assert res.returncode == 1 and 'credentials right: 401 instead of 200' in res.stdout+res.stderr
-    assert last_run().info.status == 'FAILED'
+        monkeypatch.setenv('API_PASSWORD', PASSWORD)
+        run('api_check', tmp_path, url=served.url, max_p95_ms=0.)
+        good = last_run()
+        monkeypatch.setenv('API_PASSWORD', 'another')
+        with pytest.raises(APICheckError, match='credentials right: 401 instead of 200'): run('api_check', tmp_path, url=served.url, wait_s=0.)
+        bad = last_run()
+    kept = lambda run: {a.path for folder in ('api_check', 'notebooks') for a in mlflow_client().list_artifacts(run.info.run_id, folder)}
+    for run_,status in ((good, 'FINISHED'), (bad, 'FAILED')):
+        assert run_.info.status == status and {'api_check/checks.csv', 'api_check/golden.csv', 'notebooks/api_check.html'} <= kept(run_)
+        assert PASSWORD not in str(run_.data.params) and (run_.data.metrics['api/failed'] > 0) == (status == 'FAILED')
+    assert good.data.metrics['api/golden'] > 5 and good.data.metrics['api/p95_ms'] > 0
+
+
+def test_drift_with_too_little_traffic(stack, bundle, data_dir, tmp_path, monkeypatch, capfd):
+    "It ends well, and says so."
+    with tracked_run(name='drift') as registering: version = register_bundle(registering, bundle)
+    mlflow_client().set_registered_model_alias('rakuten-mm', 'champion', version)
+    values = yaml.safe_load((ROOT/'zenml_pipelines/configs/drift.yaml').read_text())['parameters']
+    values |= dict(data_dir=data_dir, artifacts_dir=os.environ['RAKUTEN_MM_ARTIFACTS'])
+    monkeypatch.setenv('API_DATABASE_URL', f"sqlite:///{tmp_path/'feedback.db'}")
+    run('drift', tmp_path, **values)
+    said = ''.join(capfd.readouterr())
+    assert f'0 answers by version {version} in 7 days, 300 are needed' in said, said
