@@ -29,8 +29,10 @@ def list_versions():
 @registry.command()
 def history():
     "Every move of the champion, oldest first."
+    import pandas as pd
     from rakuten_mm.registry import history
-    for r in (rows := history()).itertuples(): click.echo(f"{r.time:%Y-%m-%d %H:%M:%S}  {r.action:8}  {'-' if r.before is None or r.before != r.before else r.before} -> {r.after}  {r.who}: {r.why}")
+    for r in (rows := history()).itertuples():
+        click.echo(f"{r.time:%Y-%m-%d %H:%M:%S}  {r.action:8}  {'-' if pd.isna(r.before) else r.before} -> {r.after}  {r.who}: {r.why}")
     if not len(rows): click.echo('no version was ever promoted')
 
 # %% ../nbs/lib/20e_registry_cli.ipynb #3aa0f485
