@@ -108,7 +108,7 @@ def test_api_check(stack, bundle, data_dir, tmp_path, monkeypatch):
     assert good.data.metrics['api/golden'] > 5 and good.data.metrics['api/p95_ms'] > 0
 
 
-def test_drift_with_too_little_traffic(stack, bundle, data_dir, tmp_path, monkeypatch, capfd):
+def test_drift_with_too_little_traffic(stack, bundle, data_dir, tmp_path, monkeypatch):
     "It ends well, and says so."
     with tracked_run(name='drift') as registering: version = register_bundle(registering, bundle)
     mlflow_client().set_registered_model_alias('rakuten-mm', 'champion', version)
@@ -116,5 +116,5 @@ def test_drift_with_too_little_traffic(stack, bundle, data_dir, tmp_path, monkey
     values |= dict(data_dir=data_dir, artifacts_dir=os.environ['RAKUTEN_MM_ARTIFACTS'])
     monkeypatch.setenv('API_DATABASE_URL', f"sqlite:///{tmp_path/'feedback.db'}")
     run('drift', tmp_path, **values)
-    said = ''.join(capfd.readouterr())
-    assert f'0 answers by version {version} in 7 days, 300 are needed' in said, said
+    tags = last_run().data.tags
+    assert tags['drift.advice'] == 'wait' and f'0 answers by version {version} in 7 days, 300 are needed' in tags['drift.summary']

@@ -34,12 +34,11 @@ def detect(
     served = count_lately(days, f'rakuten-mm/{champion}') if champion else 0
     if served < min_predictions:
         why = f'{served} answers by version {champion} in {days:g} days, {min_predictions} are needed' if champion else 'there is no champion'
-        logger.info('nothing is compared: %s', why)
-        return dict(advice='wait', causes=[], summary=why, n_window=served)
-    report = run_notebook('drift', run.out_dir, run.run_id, data_dir=data_dir, days=days, min_predictions=min_predictions,
-                          max_reference=max_reference, levels=levels)
+        report = dict(advice='wait', causes=[], summary=f'nothing is compared: {why}', n_window=served)
+    else: report = run_notebook('drift', run.out_dir, run.run_id, data_dir=data_dir, days=days, min_predictions=min_predictions,
+                                max_reference=max_reference, levels=levels)
     logger.info(report['summary'])
-    if run.run_id: mlflow.set_tags({'drift.causes': ', '.join(report['causes']), 'drift.advice': report['advice']})
+    if run.run_id: mlflow.set_tags({'drift.causes': ', '.join(report['causes']), 'drift.advice': report['advice'], 'drift.summary': report['summary']})
     if retrain and report['advice'] == 'retrain': ask(champion, report['summary'].splitlines()[0], again_days)
     return report
 
