@@ -11,15 +11,17 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 from bench_drift import dark, listings, serve, stability, train
+from conftest import ROOT
+from test_pipelines import last_run, run
 
-from rakuten_mm.config import preset, single_modality
+from rakuten_mm.config import artifacts_dir, preset, single_modality
 from rakuten_mm.dataset import Dataset
 from rakuten_mm.drift import CAUSES, detect
 from rakuten_mm.predictor import Predictor
 from rakuten_mm.tracking import MODEL, mlflow_client, register_bundle, tracked_run
 from rakuten_mm.traffic import FACTS, of_dataset, of_served
 from serving.store import Store
-from zenml_pipelines.run_notebook import run_notebook
+from zenml_pipelines.scheduler import request_path
 
 AXIS = 20_000 # Rows of the time axis: a decile is 2,000 listings
 LABEL,PARTS,CONTENT = CAUSES
@@ -129,36 +131,38 @@ def record(store, traffic, version, since):
 def champion(bundle):
     "The small model, champion for the time of a test."
     client = mlflow_client()
-    with tracked_run(name='drift') as run: version = register_bundle(run, bundle)
+    with tracked_run(name='drift') as registering: version = register_bundle(registering, bundle)
     client.set_registered_model_alias(MODEL, 'champion', version)
     yield version
     client.delete_registered_model_alias(MODEL, 'champion')
 
 
-def test_notebook(champion, bundle, data_dir, tmp_path):
-    "From the server's database to a report: titles that the model was not made for."
-    os.environ['API_DATABASE_URL'] = f"sqlite:///{tmp_path/'feedback.db'}"
+def test_pipeline_asks_for_a_training(stack, champion, bundle, data_dir, tmp_path, monkeypatch):
+    "From the server's database to a report, and a request that the scheduler takes: titles that the model was not made for."
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv('API_DATABASE_URL', f"sqlite:///{tmp_path/'feedback.db'}")
+    request_path('retraining').unlink(missing_ok=True)
     model,name = Predictor.load(bundle), f'{MODEL}/{champion}'
     items = [x | dict(designation='Offre pro, livraison express : '*3+x['designation']) for x in mixed(31, 320)]
     with closing(Store(os.environ['API_DATABASE_URL'], tmp_path)) as store: record(store, serve(model, items), name, datetime.now(UTC)-timedelta(hours=1))
-    with tracked_run(name='drift') as run:
-        report = run_notebook('drift', tmp_path/'out', run, data_dir=data_dir, levels=dict(alpha=.01))
+    run('drift', tmp_path, data_dir=data_dir, artifacts_dir=os.environ['RAKUTEN_MM_ARTIFACTS'], levels=dict(alpha=.01), retrain=True)
+    made = last_run()
+    report = json.loads(next((artifacts_dir()/'runs').glob('drift-*/detect/result.json')).read_text())
     assert report['n_window'] == 320 and report['model_version'] == name and report['data_version'] == Dataset.open(data_dir).manifest['version']
-    assert CONTENT in report['causes'] and report['advice'] == 'retrain' and 'title length' in report['summary']
-    assert {a.path for a in mlflow_client().list_artifacts(run, 'drift')} == {f'drift/{f}' for f in ('effects.png', 'mix.png', 'shifts.csv', 'report.txt')}
-    assert mlflow_client().get_run(run).data.metrics['drift/title_length'] > .5
+    assert CONTENT in report['causes'] and report['advice'] == made.data.tags['drift.advice'] == 'retrain' and 'title length' in report['summary']
+    kept = {a.path for a in mlflow_client().list_artifacts(made.info.run_id, 'drift')}
+    assert kept == {f'drift/{f}' for f in ('effects.png', 'mix.png', 'shifts.csv', 'report.txt')} and made.data.metrics['drift/title_length'] > .5
+    asked = json.loads(request_path('retraining').read_text())
+    assert 'content moved' in asked['why'] and abs(datetime.fromisoformat(asked['asked_at'])-datetime.now(UTC)) < timedelta(minutes=5)
+    request_path('retraining').unlink()
 
 
 def test_training_is_asked_for_once(champion):
-    from rakuten_mm.config import artifacts_dir
+    "A champion that was not replaced is not complained of with every run."
     from zenml_pipelines.steps.detect import ask
-    path = artifacts_dir()/'requests'/'retraining.json'
+    path = request_path('retraining')
     path.unlink(missing_ok=True)
-    ask(champion, 'content moved', 7)
-    asked = json.loads(path.read_text())
-    assert asked['why'] == 'content moved' and abs(datetime.fromisoformat(asked['asked_at'])-datetime.now(UTC)) < timedelta(minutes=1)
-    path.unlink()
-    ask(champion, 'content moved', 7)
-    assert not path.exists()
-    ask(champion, 'content moved', 0)
-    path.unlink()
+    for days,there in ((7, True), (7, False), (0, True)):
+        ask(champion, 'content moved', days)
+        assert path.exists() == there
+        path.unlink(missing_ok=True)
