@@ -222,7 +222,8 @@ class System:
         self.process.terminate()
         while self.process.poll() is None: self.tell(); time.sleep(.1)
         self.tell()
-        left = marked('RAKUTEN_MM_UP')
+        until = time.monotonic()+10  # a process that its parent has just left may be about to end by itself
+        while (left := marked('RAKUTEN_MM_UP')) and time.monotonic() < until: time.sleep(.2)
         if left: say(f'{len(left)} processes had to be killed'); self.kill()
         say('ended')
         return 0

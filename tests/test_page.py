@@ -14,7 +14,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-from sqlalchemy import MetaData, Table, create_engine, select
+from sqlalchemy import MetaData, Table, create_engine, select, text
 
 CHROMIUM,DRIVER = shutil.which('chromium'), shutil.which('chromedriver')
 LANES = {'auto': ('Filed automatically', 'Classement automatique'), 'review': ('Needs a person', 'À vérifier'),
@@ -163,6 +163,27 @@ def test_predict_and_why(page, tmp_path):
     page.see('#overlay').click()
 
 
+def test_confirm(page):
+    "One click says that the answer is right, or that the ticked one is; who may not review has no such button."
+    page.enter(); page.type('#designation', 'Piscine gonflable'); page.see('#predict-button').click(); page.text('#result-title')
+    codes = [int(e.get_attribute('value')) for e in page.all('#ranked input')]
+    def stored():
+        engine = create_engine(page.server.database)
+        with engine.connect() as c: rows = c.execute(text('select prdtypecode, reviewer from feedback order by id desc limit 1')).all()
+        engine.dispose()
+        return rows
+    page.see('#confirm').click(); page.wait(lambda: page.text('#confirm-status').startswith('Enregistré'))
+    assert page.text('#result-title') in page.text('#confirm-status') and stored() == [(codes[0], page.server.user)]
+    page.all('#ranked input')[1].click(); page.see('#confirm').click()
+    page.wait(lambda: page.all('#ranked .name')[1].text.rsplit(' ', 1)[0] in page.text('#confirm-status')); assert stored() == [(codes[1], page.server.user)]
+    page.see('#lang-en').click(); page.wait(lambda: page.text('#confirm-status').startswith('Saved'))
+    page.stub('/feedback', 500); page.see('#confirm').click(); page.wait(lambda: 'went wrong' in page.text('#confirm-error'))
+    assert stored() == [(codes[1], page.server.user)]
+    page.js("sessionStorage.setItem('session', JSON.stringify({...JSON.parse(sessionStorage.getItem('session')), role: 'predict'}))")
+    page.driver.refresh(); page.type('#designation', 'Vase'); page.see('#predict-button').click(); page.text('#result-title')
+    assert not page.all('#confirm')
+
+
 def test_listing_that_cannot_be_read(page, tmp_path):
     (tmp_path/'page.jpg').write_bytes(b'<html>404</html>')
     page.enter(); page.see('#predict-button').click()
@@ -202,6 +223,17 @@ def test_review_by_keyboard(page, api):
         rows = c.execute(select(feedback.c.prediction_id, feedback.c.prdtypecode, feedback.c.reviewer).where(feedback.c.prediction_id.in_(chosen))).all()
     engine.dispose()
     assert {r.prediction_id: r.prdtypecode for r in rows} == chosen and {r.reviewer for r in rows} == {page.server.user}
+
+
+def test_next_picture_is_there_already(page, api):
+    "While a listing is looked at the picture of the next is fetched, once."
+    to_review(api, 3)
+    asked = lambda: page.js("performance.getEntriesByType('resource').map(r => r.name).filter(n => n.endsWith('/image'))")
+    page.enter('review'); page.see('#item-image')
+    page.wait(lambda: len(asked()) == 2)
+    page.press('s'); page.wait(lambda: page.js("document.getElementById('item-image')?.naturalWidth") and asked()[1].split('/')[-2] == page.js(
+        "document.getElementById('item').dataset.prediction"))
+    page.wait(lambda: len(asked()) == 3); assert len(set(asked())) == 3
 
 
 def test_busy_server_and_save_that_fails(page, api):

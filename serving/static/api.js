@@ -6,6 +6,7 @@ const TRIES = 3, LONGEST = 30; // attempts at a call, and seconds that are worth
 
 export let session = JSON.parse(sessionStorage.getItem('session') ?? 'null'); // {token, role, user, until}
 if (session?.until < Date.now()) setSession(null);
+export const mayReview = () => ['review', 'admin'].includes(session?.role);
 let names = new Map(); // prdtypecode -> {fr, en}
 let expired = () => {};
 
@@ -24,7 +25,7 @@ export function setSession(to) {
 }
 
 /** The answer to a GET, or to a POST if there is `json` or a `form`; raises `ApiError`. */
-export async function call(path, {json, form, as = 'json'} = {}) {
+export async function call(path, {json, form, as = 'json', tries = TRIES} = {}) {
   const mine = session, headers = mine ? {Authorization: `Bearer ${mine.token}`} : {};
   if (json) headers['Content-Type'] = 'application/json';
   const body = json ? JSON.stringify(json) : form;
@@ -38,7 +39,7 @@ export async function call(path, {json, form, as = 'json'} = {}) {
     if (r.ok) return answer;
     const wait = seconds(r.headers.get('Retry-After'));
     if (r.status === 401 && mine) { expired(); throw new ApiError(401, {code: 'cancelled'}); }
-    if (r.status !== 503 || n >= TRIES || wait > LONGEST) throw new ApiError(r.status, answer.error, wait);
+    if (r.status !== 503 || n >= tries || wait > LONGEST) throw new ApiError(r.status, answer.error, wait);
     await pause(wait, n+1);
   }
 }

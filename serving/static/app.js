@@ -1,12 +1,11 @@
 // Sign in, navigation and language; the two pages are in predict.js and review.js.
-import {call, loadNames, onExpired, session, setSession} from './api.js';
+import {call, loadNames, mayReview, onExpired, session, setSession} from './api.js';
 import {$, h, say, sayError} from './dom.js';
 import {lang, setLanguage, t} from './i18n.js';
 import * as predict from './predict.js';
 import * as review from './review.js';
 
 let last = null; // who the pages were filled by; somebody else gets empty ones
-const mayReview = () => ['review', 'admin'].includes(session?.role);
 
 /** Show the page that the address names, or the way in. */
 function route() {

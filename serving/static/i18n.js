@@ -51,6 +51,7 @@ const STRINGS = {
   version: ['Modèle', 'Model'],
 
   why: ['Pourquoi ?', 'Why?'],
+  confirm: ['Confirmer', 'Confirm'],
   whyHint: ['pour la catégorie cochée', 'for the category that is ticked'],
   whyBusy: ['Analyse en cours, quelques secondes…', 'Working it out, a few seconds…'],
   whyTitle: ['Pourquoi « {name} » ({p}) ?', 'Why “{name}” ({p})?'],

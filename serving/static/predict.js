@@ -1,12 +1,12 @@
 // The form for one listing, its answer, and why.
-import {call, nameOf} from './api.js';
+import {call, mayReview, nameOf} from './api.js';
 import {$, bar, h, say, sayError} from './dom.js';
 import {onLanguage, percent, signed, t} from './i18n.js';
 
 const LANES = {auto: ['✓', 'auto', 'autoWhy'], review: ['?', 'reviewLane', 'reviewLaneWhy'], reject: ['✕', 'reject', 'rejectWhy']};
 const KINDS = ['image/jpeg', 'image/png', 'image/webp', 'image/gif', 'image/bmp'], MOST = 10_000_000;
 let photo = null;  // {file, url} in the form
-let answer = null; // {listing, response, chosen, why, overlay} on show; `listing` is the form as it was sent
+let answer = null; // {listing, response, chosen, why, overlay, stored} on show; `listing` is the form as it was sent, `stored` what became of a confirmation
 let busy = false, round = 0; // what belongs to an earlier round than the form was cleared in is dropped
 
 export function setup() {
@@ -65,7 +65,7 @@ function release(url) {
 function setBusy(on) {
   busy = on;
   $('result').setAttribute('aria-busy', on);
-  for (const b of [$('predict-button'), $('why')]) b?.setAttribute('aria-disabled', on); // `disabled` would lose the focus
+  for (const b of [$('predict-button'), $('why'), $('confirm')]) b?.setAttribute('aria-disabled', on); // `disabled` would lose the focus
 }
 
 /** Run `job` with the form busy; its error goes to `box`. */
@@ -110,6 +110,22 @@ function explain() {
   });
 }
 
+/** Tell the server that the ticked category, which is the predicted one unless somebody ticked another, is right. */
+async function confirm() {
+  const mine = answer, code = mine.chosen;
+  await working('saving', 'confirm-status', $('confirm-error'), async () => {
+    mine.stored = {code, ...await call('/feedback', {json: {prediction_id: mine.response.prediction_id, prdtypecode: code}})};
+  });
+  if (mine === answer) sayStored();
+}
+
+function sayStored() {
+  const {stored, response} = answer;
+  if (!stored) return;
+  const message = !stored.conflict ? 'saved' : stored.verdict == null ? 'savedConflict' : 'savedSettled', label = response.top_k.find(c => c.prdtypecode === stored.code)?.label;
+  say($('confirm-status'), () => t(message, {name: nameOf(stored.code, label), most: nameOf(stored.verdict)}));
+}
+
 const base64 = file => new Promise((resolve, fail) => {
   const reader = new FileReader();
   reader.onload = () => resolve(reader.result.split(',')[1]);
@@ -118,7 +134,7 @@ const base64 = file => new Promise((resolve, fail) => {
 });
 
 function render() {
-  say($('why-error')); say($('why-status'));
+  for (const id of ['why-error', 'why-status', 'confirm-error', 'confirm-status']) say($(id));
   if (!answer) return $('result').replaceChildren(h('p', {class: 'muted placeholder'}, t('resultEmpty')));
   const {response: r, why} = answer, [mark, lane, laneWhy] = LANES[r.lane];
   const row = (c, i) => h('li', {}, h('label', {class: 'row', 'data-code': c.prdtypecode},
@@ -135,8 +151,11 @@ function render() {
     h('div', {class: 'actions'}, h('button', {type: 'button', id: 'why', 'aria-disabled': busy, onclick: explain}, t('why')), h('span', {class: 'muted'}, t('whyHint')),
       h('span', {id: 'why-status', class: 'muted working', role: 'status'})),
     h('div', {id: 'why-error', class: 'message error', role: 'alert'}),
+    ...(mayReview() ? [h('div', {class: 'actions'}, h('button', {type: 'button', id: 'confirm', 'aria-disabled': busy, onclick: confirm}, t('confirm')), h('span', {class: 'muted'}, t('whyHint')),
+      h('span', {id: 'confirm-status', class: 'muted', role: 'status'})), h('div', {id: 'confirm-error', class: 'message error', role: 'alert'})] : []),
     ...(why ? [explanation(why)] : []),
     h('p', {class: 'muted small', id: 'about'}, `${t('read', {what: r.modalities.map(m => t(m)).join(' + ')})} `, h('span', {id: 'version'}, r.model_version)));
+  sayStored();
 }
 
 function explanation(why) {

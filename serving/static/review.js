@@ -5,7 +5,8 @@ import {onLanguage, percent, t, when} from './i18n.js';
 
 const PAGE = 20, LIMIT = 100; // listings asked for at once: at first, and when many were skipped
 let items, at;        // listings seen so far, each with `chosen` or `skipped` once dealt with, and the one on show
-let waiting, busy, picture, round = 0;
+let waiting, busy, picture, round = 0; // `picture` is the listing whose picture is on show
+const pictures = new Map(); // prediction_id -> promise of its picture's address in this page
 let keys = localStorage.getItem('keys') !== 'off';
 
 export function setup() {
@@ -160,23 +161,21 @@ function help() {
     h('ul', {class: 'keys'}, line('1–9', 'keyChoose'), line('⏎', 'keyFirst'), line('/', 'keySearch'), line('S →', 'keySkip'), line('U ←', 'keyBack')));
 }
 
-/** Fetch the picture of `item` (it needs the token) and let go of the one before. */
-async function showPicture(item) {
-  if (picture && picture.id === item?.prediction_id) return place(picture);
-  if (picture?.url) URL.revokeObjectURL(picture.url);
-  const mine = picture = item?.has_image ? {id: item.prediction_id} : null;
-  if (!mine) return;
-  try {
-    const url = URL.createObjectURL(await call(`/review/${encodeURIComponent(mine.id)}/image`, {as: 'blob'}));
-    if (mine !== picture) return URL.revokeObjectURL(url);
-    mine.url = url;
-  } catch { mine.failed = true; }
-  if (mine === picture) place(mine);
+/** The address of a picture (it needs the token, so it is fetched here); one that fails is asked for again when it is to be shown. */
+function fetchPicture({prediction_id: id}, patient) {
+  if (!pictures.has(id)) pictures.set(id, call(`/review/${encodeURIComponent(id)}/image`, {as: 'blob', ...(patient ? {} : {tries: 1})}).then(b => URL.createObjectURL(b)));
+  return pictures.get(id).catch(e => { pictures.delete(id); throw e; });
 }
 
-function place({url, failed}) {
-  if (url) $('picture')?.replaceChildren(h('img', {id: 'item-image', src: url, alt: t('photoAlt')}));
-  else if (failed) $('picture')?.replaceChildren(h('p', {class: 'muted'}, t('photoFailed')));
+/** Show the picture of `item`, have the next one ready, and let go of the others. */
+async function showPicture(item) {
+  const mine = picture = item ?? null, near = mine ? [mine, items[at+1]].filter(i => i?.has_image) : [];
+  for (const [id, url] of pictures) if (!near.some(i => i.prediction_id === id)) { pictures.delete(id); url.then(u => URL.revokeObjectURL(u), () => {}); }
+  for (const i of near) {
+    const url = await fetchPicture(i, i === mine).catch(() => null);
+    if (mine !== picture) return;
+    if (i === mine) $('picture')?.replaceChildren(url ? h('img', {id: 'item-image', src: url, alt: t('photoAlt')}) : h('p', {class: 'muted'}, t('photoFailed')));
+  }
 }
 
 // The search box: a combobox over all categories, in both languages and by code.
