@@ -36,6 +36,16 @@ def made_once(tmp_path_factory, name:str, make)->Path:
     return Path(done.read_text())
 
 
+def pytest_addoption(parser):
+    parser.addoption('--system', action='store_true', help='Also run what starts the whole system or real pipeline runs, minutes each.')
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption('--system'): return
+    for item in items:
+        if item.get_closest_marker('system'): item.add_marker(pytest.mark.skip(reason='takes minutes; scripts/test.sh --system runs it'))
+
+
 @pytest.fixture(scope='session', autouse=True)
 def environment(tmp_path_factory):
     "Artifacts, ZenML's store and credentials of this session's own; the developer's `.env` is not read."

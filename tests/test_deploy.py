@@ -398,6 +398,7 @@ def test_ingestion_waits_for_a_fetch(raw, tmp_path):
 
 # The whole system ----------------------------------------------------------------------------------------------------
 
+@pytest.mark.system
 @needs_rclone
 def test_f29_f30_from_nothing_to_an_answer(tmp_path):
     "One command: passwords, MLflow, a delivery, a training, a promotion, an answer; a killed service comes back; nothing is left behind."

@@ -436,6 +436,7 @@ def stack(environment):
     return f"sqlite:///{artifacts_dir()/'mlflow.db'}"
 
 
+@pytest.mark.system
 def test_f45_killed_pipeline_run(stack, home, monkeypatch):
     "What is at work is left alone; after `kill -9` the run history, ZenML and MLflow are told, the kernel is gone, and the next run is unaffected."
     from zenml.client import Client
