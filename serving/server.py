@@ -98,6 +98,13 @@ def log_as_json():
     logging.getLogger('rakuten_mm').setLevel(logging.INFO)
 
 
+def leave_the_log():
+    "What a full disk would not take is given up, so that the exit code says how the server ended."
+    for stream in (sys.stdout, sys.stderr):
+        try: stream.flush()
+        except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def serve(
     model:str = CHAMPION,
     host:str = '127.0.0.1',
@@ -120,4 +127,4 @@ def serve(
     try:
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner: runner.run(run())
     except RuntimeError as e: sys.exit(f'rakuten-mm: {e}')
-    finally: server.engine.stop()
+    finally: server.engine.stop(); leave_the_log()
