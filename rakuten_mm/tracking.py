@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'MODEL', 'tracking_uri', 'mlflow_client', 'tracked_run', 'git_commit', 'flatten', 'log_provenance',
-           'log_metrics', 'register_bundle', 'alias_version', 'resolve_model', 'resolve_training']
+           'log_metrics', 'register_bundle', 'alias_version', 'put', 'resolve_model', 'resolve_training']
 
 # %% ../nbs/lib/17_tracking.ipynb #db39789b
-import json, os, shutil, subprocess
+import json, os, shutil, subprocess, tempfile
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -110,6 +110,17 @@ def alias_version(
         if e.error_code in ('RESOURCE_DOES_NOT_EXIST', 'INVALID_PARAMETER_VALUE'): return None
         raise
 
+# %% ../nbs/lib/17_tracking.ipynb #d54db5b1
+def put(
+    folder:str|Path, # Finished
+    dest:Path, # Its place
+):
+    "Rename a folder to its place, unless another process has put the same there meanwhile."
+    try: Path(folder).rename(dest)
+    except OSError:
+        if not dest.is_dir(): raise
+        shutil.rmtree(folder)
+
 # %% ../nbs/lib/17_tracking.ipynb #3df86a26
 def resolve_model(
     uri:str # Folder, `models:/rakuten-mm@alias` or `models:/rakuten-mm/version`
@@ -124,9 +135,9 @@ def resolve_model(
     if not source: raise FileNotFoundError(f'{uri}: not in the registry at {tracking_uri()}; train and promote a model first')
     dest = artifacts_dir()/'models'/source.rstrip('/').split('/')[-3]/f'v{version}'
     if not dest.exists():
-        stage = dest.with_name(f'.v{version}-{os.getpid()}'); stage.mkdir(parents=True, exist_ok=True)
-        got = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(stage))
-        verify(got); Path(got).rename(dest); shutil.rmtree(stage)
+        dest.parent.mkdir(parents=True, exist_ok=True); stage = tempfile.mkdtemp(prefix=f'.v{version}-', dir=dest.parent)
+        got = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=stage)
+        verify(got); put(got, dest); shutil.rmtree(stage)
     verify(dest)
     return dest.resolve(), f'{name}/{version}'
 
@@ -140,9 +151,9 @@ def resolve_training(
     if 'oof_sha256' not in mv.tags: return None
     dest = bundle.with_name(f'training-{bundle.name}')
     if not dest.exists():
-        stage = dest.with_name(f'.{dest.name}-{os.getpid()}'); stage.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f'.{dest.name}-', dir=dest.parent)); stage.chmod(0o755)
         got = Path(mlflow.artifacts.download_artifacts(run_id=mv.run_id, artifact_path='training/oof.parquet', dst_path=str(stage/'got')))
         got.rename(stage/'oof.parquet'); shutil.rmtree(stage/'got')
-        shutil.copytree(bundle, stage/'bundle'); stage.rename(dest)
+        shutil.copytree(bundle, stage/'bundle'); put(stage, dest)
     if sha256_file(dest/'oof.parquet') != mv.tags['oof_sha256']: raise BundleError(f'{dest}/oof.parquet is not what was registered; delete {dest}')
     return dest

@@ -382,31 +382,37 @@ def test_f26_f27_limits_and_pages(bundle):
     for word in (secret, basic(USER, secret)[6:], 'guess1', picture()[:60], 'Authorization'): assert word not in log
 
 
-def test_feedback_and_review(bundle):
+@pytest.fixture(scope='module')
+def remembering(bundle):
+    "A server that remembers answers, and a client of it."
+    with running_server(bundle, API_CACHE='100') as server, server.http() as http: yield server, http
+
+
+def test_feedback_and_review(remembering, bundle):
     "What waits is asked for in order of use, is corrected once, and comes back while reviewers disagree."
-    with running_server(bundle) as server, server.http() as http:
-        sent = [http.post('/predict', json={k: g[k] for k in ('designation', 'description', 'image')}).json() for g in read_golden(bundle)]
-        waits = [a for a in sent if a['lane'] == 'review']
-        assert len(waits) > 3, [a['lane'] for a in sent]
-        queue = http.get('/review?limit=100').json()
-        assert {i['prediction_id'] for i in queue['items']} == {a['prediction_id'] for a in waits} and queue['waiting'] == len(waits)
-        margin = lambda i: i['top_k'][0]['probability']-i['top_k'][1]['probability']
-        assert [margin(i) for i in queue['items']] == sorted(margin(i) for i in queue['items'])
-        first = queue['items'][0]
-        assert first['has_image'] and first['designation'] in {g['designation'] for g in read_golden(bundle)}
-        image = http.get(f"/review/{first['prediction_id']}/image")
-        assert image.headers['content-type'] == 'image/jpeg' and max(Image.open(io.BytesIO(image.content)).size) > 30
-        say = lambda code,**kw: http.post('/feedback', json=dict(prediction_id=first['prediction_id'], prdtypecode=code, **kw))
-        want = dict(prediction_id=first['prediction_id'], prdtypecode=10, reviewer=USER, verdict=10, conflict=False)
-        assert {k: v for k,v in say(10).json().items() if k in want} == want
-        assert first['prediction_id'] not in {i['prediction_id'] for i in http.get('/review?limit=100').json()['items']}
-        disputed = say(2403, reviewer='bob').json()
-        assert disputed['verdict'] is None and disputed['conflict'] and disputed['reviewer'] == 'bob'
-        assert say(10, reviewer='eve').json()['verdict'] == 10
-        assert rejected(say(999_999))['fields'][0]['field'] == 'prdtypecode'
-        assert rejected(http.post('/feedback', json=dict(prediction_id='0'*36, prdtypecode=10)), 404)
-        names = http.get('/categories').json()
-        assert len(names) == 27 and {'prdtypecode': 10, 'fr': 'Livres', 'en': 'Books'} in names
+    http = remembering[1]
+    sent = [http.post('/predict', json={k: g[k] for k in ('designation', 'description', 'image')}).json() for g in read_golden(bundle)]
+    waits = [a for a in sent if a['lane'] == 'review']
+    assert len(waits) > 3, [a['lane'] for a in sent]
+    queue = http.get('/review?limit=100').json()
+    assert {i['prediction_id'] for i in queue['items']} == {a['prediction_id'] for a in waits} and queue['waiting'] == len(waits)
+    margin = lambda i: i['top_k'][0]['probability']-i['top_k'][1]['probability']
+    assert [margin(i) for i in queue['items']] == sorted(margin(i) for i in queue['items'])
+    first = queue['items'][0]
+    assert first['has_image'] and first['designation'] in {g['designation'] for g in read_golden(bundle)}
+    image = http.get(f"/review/{first['prediction_id']}/image")
+    assert image.headers['content-type'] == 'image/jpeg' and max(Image.open(io.BytesIO(image.content)).size) > 30
+    say = lambda code,**kw: http.post('/feedback', json=dict(prediction_id=first['prediction_id'], prdtypecode=code, **kw))
+    want = dict(prediction_id=first['prediction_id'], prdtypecode=10, reviewer=USER, verdict=10, conflict=False)
+    assert {k: v for k,v in say(10).json().items() if k in want} == want
+    assert first['prediction_id'] not in {i['prediction_id'] for i in http.get('/review?limit=100').json()['items']}
+    disputed = say(2403, reviewer='bob').json()
+    assert disputed['verdict'] is None and disputed['conflict'] and disputed['reviewer'] == 'bob'
+    assert say(10, reviewer='eve').json()['verdict'] == 10
+    assert rejected(say(999_999))['fields'][0]['field'] == 'prdtypecode'
+    assert rejected(http.post('/feedback', json=dict(prediction_id='0'*36, prdtypecode=10)), 404)
+    names = http.get('/categories').json()
+    assert len(names) == 27 and {'prdtypecode': 10, 'fr': 'Livres', 'en': 'Books'} in names
 
 
 def test_explain(http):
@@ -447,17 +453,18 @@ def test_unexpected_errors_are_logged_by_their_lines():
     assert line['trace'].index('KeyError') < line['trace'].index('RuntimeError') and 'in deeper' in line['trace'] and __file__ in line['trace']
 
 
-def test_cache_and_probes(bundle):
+def test_cache_and_probes(remembering):
     "An answer is remembered; a probe is answered by the model itself, and leaves nothing for reviewers."
-    with running_server(bundle, API_CACHE='100') as server, server.http() as http:
-        ask = lambda k,**headers: http.post('/predict', json={'designation': 'Piscine ronde', 'top_k': k}, headers=headers).json()
-        figures = lambda: [server.metric(f'rakuten_{n}_total') for n in ('cached_answers', 'lanes')]
-        a,b = ask(3), ask(2)
-        assert a['prediction_id'] != b['prediction_id'] and a['top_k'][:2] == b['top_k'] and figures() == [1, 2]
-        probe = ask(3, **{'X-Probe': '1'})
-        assert probe['top_k'] == a['top_k'] and figures() == [1, 2]
-        say = lambda answer: http.post('/feedback', json=dict(prediction_id=answer['prediction_id'], prdtypecode=10)).status_code
-        assert say(probe) == 404 and say(a) == 200
+    server,http = remembering
+    ask = lambda k,**headers: http.post('/predict', json={'designation': 'Piscine ronde', 'top_k': k}, headers=headers).json()
+    figures = lambda: [server.metric(f'rakuten_{n}_total') for n in ('cached_answers', 'lanes')]
+    cached,answers = figures()
+    a,b = ask(3), ask(2)
+    assert a['prediction_id'] != b['prediction_id'] and a['top_k'][:2] == b['top_k'] and figures() == [cached+1, answers+2]
+    probe = ask(3, **{'X-Probe': '1'})
+    assert probe['top_k'] == a['top_k'] and figures() == [cached+1, answers+2]
+    say = lambda answer: http.post('/feedback', json=dict(prediction_id=answer['prediction_id'], prdtypecode=10)).status_code
+    assert say(probe) == 404 and say(a) == 200
 
 
 @pytest.mark.filterwarnings('ignore')
