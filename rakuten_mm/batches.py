@@ -25,10 +25,11 @@ class TextReader:
         net:MultimodalNet,
         titles:list[str], # Clean
         descriptions:list[str], # Clean; empty where missing
+        ngrams, # (N, V) TF-IDF weights, if `net` reads n-grams
         store_dir:Path,
         progress:bool,
     ):
-        self.ngrams = net.ngrams.matrix(titles, descriptions) if net.ngrams else None
+        self.ngrams = ngrams
         moving = net.cfg.encoders.train_text
         self.tokens = net.text.tokenize(titles, descriptions) if moving else None
         self.store = self.keys = None
@@ -69,8 +70,9 @@ class ProductDataset(torch.utils.data.Dataset):
         self.has_description = np.array([d != '' for d in texts], bool)
         self.has_text = (self.has_description | np.array([t != '' for t in titles], bool)) & ('text' in net.cfg.modalities)
         self.has_image = np.array([n != '' for n in self.names], bool) & bool(net.image)
-        self.full = TextReader(net, titles, texts, store_dir, progress) if self.has_text.any() else None
-        self.short = TextReader(net, titles, ['']*len(titles), store_dir, progress) if self.full and self.has_description.any() else self.full
+        weights = net.ngrams.matrices(titles, texts) if net.ngrams and self.has_text.any() else (None, None)
+        self.full = TextReader(net, titles, texts, weights[0], store_dir, progress) if self.has_text.any() else None
+        self.short = TextReader(net, titles, ['']*len(titles), weights[1], store_dir, progress) if self.full and self.has_description.any() else self.full
         self.linear = [net.linear.score(r.ngrams) for r in (self.full, self.short)] if self.full and net.linear else [None]*2
         self.images = self.open_images(encode, store_dir, progress) if net.image and not e.train_image else None
         index = {c: i for i,c in enumerate(codes)}

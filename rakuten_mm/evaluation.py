@@ -162,11 +162,12 @@ def crop_padding(
 def blank_probs(
     model:Predictor,
     rows:pd.DataFrame, # (N,) rows of `Dataset.products`
+    store_dir:str|Path, # Where vectors are kept
 )->np.ndarray: # (N, K) probabilities
     "Answers to rows whose picture is plain white."
     with tempfile.TemporaryDirectory() as folder:
         Image.new('RGB', (model.size, model.size), 'white').save(Path(folder, 'white.png'))
-        return model.probs_of(rows.assign(image='white.png'), folder, folder, progress=False)
+        return model.probs_of(rows.assign(image='white.png'), folder, store_dir, progress=False)
 
 def cropped_probs(
     model:Predictor,
@@ -195,7 +196,7 @@ def perturbed_probs(
     if 'image' in model.modalities:
         has = (rows.image != '').to_numpy()
         padded = has & (rows.right > rows.left).to_numpy() & (rows[['left', 'top', 'right', 'bottom']] != [0, 0, 1, 1]).any(axis=1).to_numpy()
-        todo |= {'blank image': (has, rows, lambda given: blank_probs(model, given)),
+        todo |= {'blank image': (has, rows, lambda given: blank_probs(model, given, store_dir)),
                  'padding cropped': (padded, rows, lambda given: cropped_probs(model, given, images_dir))}
     for name,(touched,given,answer) in tqdm(todo.items(), desc='shortcuts', disable=not progress):
         asked = np.ones(len(rows), bool) if name == 'ids shuffled' else touched

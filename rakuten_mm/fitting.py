@@ -150,11 +150,12 @@ def earlier_run(
     if not (folder/'oof.parquet').exists(): raise FileNotFoundError(f'{folder}: no oof.parquet; give the folder of a training on frozen encoders')
     net,config = load_bundle(folder/'bundle')
     folds = pd.read_parquet(folder/'oof.parquet', columns=['productid', 'fold']).set_index('productid').fold
-    same = dict(categories=config['codes'] == codes, encoders=net.cfg.encoders == cfg.encoders, network=net.cfg.network == cfg.network)
+    same = dict(categories={*config['codes']} <= {*codes}, encoders=net.cfg.encoders == cfg.encoders, network=net.cfg.network == cfg.network)
     same['splits'] = not folds.index.isin(list(held)).any()
     if not all(same.values()):
         warnings.warn(f"{folder} has other {' and '.join(k for k,v in same.items() if not v)}; training starts from scratch")
         return None
+    if config['codes'] != codes: net = net.grown(config['codes'], codes)
     net.cfg = replace(cfg, fit=replace(cfg.fit, max_epochs=cfg.fit.init_epochs, min_steps=0, lr=cfg.fit.lr/4))
     net.experts.requires_grad_(True).train()
     return net, folds

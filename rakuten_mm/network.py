@@ -217,3 +217,20 @@ def build_network(
     if e.image and not e.image.startswith('timm:'): raise ValueError(f'unknown image encoder {e.image!r}; use timm:<name or folder>')
     image = image_encoder(e.image, e.image_levels).requires_grad_(e.train_image) if e.image else None
     return MultimodalNet(ngrams, text, image, n_classes, cfg)
+
+# %% ../nbs/lib/11_network.ipynb #ad0b7a12
+@patch
+def grown(self:MultimodalNet,
+    known:list[int], # Sorted codes of its classes
+    codes:list[int], # Sorted codes, all of `known` among them
+)->MultimodalNet: # In evaluation mode
+    "The same network with more categories; raises `ValueError` if one of `known` is not among `codes`."
+    if not {*known} <= {*codes}: raise ValueError(f'a network cannot forget: {sorted({*known}-{*codes})}')
+    out = MultimodalNet(self.ngrams, self.text, self.image, len(codes), self.cfg)
+    at,state = torch.tensor([codes.index(c) for c in known]), self.state_dict()
+    for k,new in out.state_dict().items():
+        if new.shape == state[k].shape: continue
+        new = new.zero_() if k.endswith('weight') or '.weight' in k else new.fill_(state[k].min().item())
+        new[..., at] = state[k]; state[k] = new
+    out.load_state_dict(state)
+    return out.eval().requires_grad_(False)

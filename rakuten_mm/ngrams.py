@@ -54,7 +54,7 @@ def weigh(self:NgramEncoder,
         col = b.indices.astype(np.int64) + i*N_HASH
         row = np.minimum(np.searchsorted(buckets, col), len(buckets)-1)
         weight = np.where(buckets[row] == col, (1+np.log(b.data))*idf[row], 0).astype(np.float32)
-        m = sparse.csr_matrix((weight, row, b.indptr), shape=(b.shape[0], len(buckets)))
+        m = sparse.csr_matrix((weight, row, b.indptr.copy()), shape=(b.shape[0], len(buckets)))
         m.sum_duplicates(); m.eliminate_zeros(); out.append(normalize(m))
     return sum(out[1:], out[0]).tocsr()
 
@@ -66,6 +66,16 @@ def matrix(self:NgramEncoder,
     "TF-IDF weights of listings."
     c = self.cfg
     return self.weigh(hash_blocks([t[:c.max_title_chars] for t in titles], [d[:c.max_description_chars] for d in descriptions]))
+
+@patch
+def matrices(self:NgramEncoder,
+    titles:list[str], # Clean titles
+    descriptions:list[str], # Clean descriptions
+)->tuple[sparse.csr_matrix, sparse.csr_matrix]: # (N, V) float32 each
+    "TF-IDF weights of listings, and of their titles alone; titles are read once."
+    c,n = self.cfg, len(titles)
+    blocks = hash_blocks([t[:c.max_title_chars] for t in titles], [d[:c.max_description_chars] for d in descriptions])
+    return self.weigh(blocks), self.weigh(blocks[:len(_kinds)]+[sparse.csr_matrix((n, N_HASH), dtype=np.float32)]*len(_kinds))
 
 # %% ../nbs/lib/09a_ngrams.ipynb #d4c88f46
 @patch(cls_method=True)
@@ -134,7 +144,7 @@ def fit_svm(
     out = np.zeros((x.shape[1]+1, n_classes), np.float32)
     out[-1] = -1
     if len(np.unique(y)) < 2: return out
-    m = LinearSVC(random_state=seed).fit(x, y)
+    m = LinearSVC(random_state=seed, tol=.1).fit(x, y)  # LIBLINEAR's own tolerance; scikit-learn's takes twice as long and answers alike
     both = len(m.classes_) == 2
     out[:-1, m.classes_] = np.concatenate([-m.coef_, m.coef_]).T if both else m.coef_.T
     out[-1, m.classes_] = np.concatenate([-m.intercept_, m.intercept_]) if both else m.intercept_

@@ -11,6 +11,7 @@ import base64, json, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
+from .audit import read_oof
 from .config import artifacts_dir
 from .dataset import Dataset
 from .diff import write_csv
@@ -20,7 +21,7 @@ from .metrics import scores
 from .predictor import Predictor, read_golden
 from .registry import ChampionMoved, get_version, move_champion, rolled_back
 from .seal import write_atomic
-from .tracking import MODEL, alias_version, mlflow_client, resolve_model
+from .tracking import MODEL, alias_version, mlflow_client, resolve_model, resolve_training
 
 # %% ../nbs/lib/19_promotion.ipynb #6da1c6bf
 def golden_problems(
@@ -41,12 +42,12 @@ def changed_answers(
     model:Predictor,
     rows:pd.DataFrame, # Test listings
     images_dir:Path,
-    store_dir:Path, # Where image vectors are kept
+    store_dir:Path, # Where vectors are kept
 )->dict[str, np.ndarray]: # (N,) codes by name of the change
     "What a model answers to changed listings."
     said = lambda probs: np.array(model.codes)[probs.argmax(1)]
     out = {name: said(model.probs_of(given, images_dir, store_dir, progress=False)) for name,given in perturbed(model, rows).items() if name != 'ids shuffled'}
-    return out | ({'blank image': said(blank_probs(model, rows))} if 'image' in model.modalities else {})
+    return out | ({'blank image': said(blank_probs(model, rows, store_dir))} if 'image' in model.modalities else {})
 
 # %% ../nbs/lib/19_promotion.ipynb #c5b0c0f6
 def answer_seconds(
@@ -67,7 +68,7 @@ def answer_seconds(
     return took[1:].min(0).mean(1).tolist()  # the first round warms up
 
 # %% ../nbs/lib/19_promotion.ipynb #85c55e1b
-N_SAMPLE,N_TIMED = 2_000,24 # Listings of the robustness tests, and of the stopwatch
+N_SAMPLE,N_TIMED = 1_000,24 # Listings of the robustness tests, and of the stopwatch
 
 def ask(
     model:Predictor,
@@ -116,6 +117,7 @@ def compare(
     cfg:GateConfig = GateConfig(),
     names:tuple[str, str] = ('challenger', 'champion'),
     progress:bool = True,
+    oof:Path|None = None, # `oof.parquet` of the challenger's training: listings of new categories in it count too
 )->Trial:
     "Put two bundles before the gate; nothing is moved."
     rows = data.products[data.products.split == 'test']
@@ -126,6 +128,9 @@ def compare(
     if champion:
         for a,s in zip(answers, answer_seconds(models, rows.iloc[sample[:N_TIMED]], data.images_dir)): a.seconds = s
     new,old = answers[0], answers[1] if champion else None
+    if oof:
+        probs,learnt,codes = read_oof(oof, data.products)
+        new.oof = pd.DataFrame(dict(truth=learnt.prdtypecode, answer=np.array(codes)[probs.argmax(1)]))
     return Trial(judge(old, new, rows.prdtypecode.to_numpy(), rows.group.to_numpy(), sample, cfg), new, old, rows)
 
 # %% ../nbs/lib/19_promotion.ipynb #262c0c75
@@ -188,8 +193,8 @@ def promote(
     out_dir = Path(out_dir) if out_dir else artifacts_dir()/'promotions'/f'v{version}-{time.time_ns()//1_000_000}'
     bundle = lambda v: resolve_model(f'models:/{MODEL}/{v}')[0] if v else None
     for attempt in range(3):
-        champion = alias_version('champion')
-        trial = compare(bundle(version), bundle(champion), data, cfg, (f'version {version}', f'version {champion}'), progress)
+        champion,training = alias_version('champion'), resolve_training(version)
+        trial = compare(bundle(version), bundle(champion), data, cfg, (f'version {version}', f'version {champion}'), progress, training and training/'oof.parquet')
         decision = decision_of(trial, version, champion, data.manifest['version'])
         if champion == version: decision.promoted,decision.reason = False, 'it already is the champion'
         elif why := rolled_back(version): decision.promoted,decision.reason = False, f'it was rolled back: {why}'

@@ -117,12 +117,14 @@ def weighted_scores(
     targets:np.ndarray, # (N,) class indices; -1 for a code the model does not know
     blocks, # Of (b, N) weights
     n_bins:int = 10, # Of the ECE
+    classes:np.ndarray|None = None, # Indices of those that macro F1 averages, K for unknown ones; default: those that occur in a draw
 )->pd.DataFrame: # One row a draw: f1_weighted, f1_macro, accuracy, top3_accuracy, ece
     "`metrics.scores` and `ece` of every row of weights."
     n,k = probs.shape
     preds,top = probs.argmax(1), probs.max(1)
     right,true = preds == targets, np.where(targets < 0, k, targets)
-    hot = lambda c: sparse.csr_matrix((np.ones(n), (np.arange(n), c)), (n, k+1))
+    cols = np.arange(k+1) if classes is None else np.asarray(classes)
+    hot = lambda c: sparse.csr_matrix((np.ones(n), (np.arange(n), c)), (n, k+1))[:, cols]
     found = hot(true).multiply(right[:, None]).tocsr()
     top3 = (np.argsort(-probs, axis=1, kind='stable')[:, :3] == targets[:, None]).any(1)
     o,out = np.argsort(top), []
