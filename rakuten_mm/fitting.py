@@ -143,6 +143,7 @@ def earlier_run(
     folder:str|Path, # Of a training: `bundle/` and `oof.parquet`
     cfg:TrainConfig,
     codes:list[int],
+    train:pd.DataFrame, # Training listings: productid, title, text
     held = (), # productid of the listings that must stay unseen
 )->tuple[MultimodalNet, pd.Series]|None: # Its network, and the fold of each productid
     "What to go on from; None, with a warning, if it does not fit. Raises `FileNotFoundError`, or `BundleError` if it is damaged."
@@ -155,7 +156,8 @@ def earlier_run(
     if not all(same.values()):
         warnings.warn(f"{folder} has other {' and '.join(k for k,v in same.items() if not v)}; training starts from scratch")
         return None
-    if config['codes'] != codes: net = net.grown(config['codes'], codes)
+    new = train[~train.productid.isin(folds.index)]
+    net = net.grown(config['codes'], codes, new.title.tolist(), new.text.tolist())
     net.cfg = replace(cfg, fit=replace(cfg.fit, max_epochs=cfg.fit.init_epochs, min_steps=0, lr=cfg.fit.lr/4))
     net.experts.requires_grad_(True).train()
     return net, folds
@@ -176,7 +178,7 @@ def fit(
     torch.set_num_threads(n_threads(cfg.fit.n_threads)); pl.seed_everything(seed, verbose=False)
     hold_out,codes = holds_out(df, cfg.fit, cfg.network.members), sorted(int(c) for c in df.prdtypecode.unique())
     train = training_rows(df, hold_out)
-    before = earlier_run(init, cfg, codes, df.productid.drop(train.index)) if init else None
+    before = earlier_run(init, cfg, codes, train, df.productid.drop(train.index)) if init else None
     key = f"{data.manifest['version']} {data.split}"+(json.dumps(file_hashes(Path(init, 'bundle'))) if before else '')
     net,folds = before or (build_network(cfg, train.title.tolist(), train.text.tolist(), len(codes)), None)
     encode = frozen_runtime(net.image, cfg.encoders.image_size, graphs_dir()) if net.image and not cfg.encoders.train_image else None

@@ -223,14 +223,16 @@ def build_network(
 def grown(self:MultimodalNet,
     known:list[int], # Sorted codes of its classes
     codes:list[int], # Sorted codes, all of `known` among them
+    titles:list[str], # Clean titles of training listings that it has not seen
+    descriptions:list[str],
 )->MultimodalNet: # In evaluation mode
-    "The same network with more categories; raises `ValueError` if one of `known` is not among `codes`."
+    "The same network with more categories and n-grams; its linear and Gaussian experts have to be fitted. Raises `ValueError` if one of `known` is not among `codes`."
     if not {*known} <= {*codes}: raise ValueError(f'a network cannot forget: {sorted({*known}-{*codes})}')
-    out = MultimodalNet(self.ngrams, self.text, self.image, len(codes), self.cfg)
-    at,state = torch.tensor([codes.index(c) for c in known]), self.state_dict()
+    out = MultimodalNet(self.ngrams and self.ngrams.grown(titles, descriptions), self.text, self.image, len(codes), self.cfg)
+    at,kept = torch.tensor([codes.index(c) for c in known]), self.state_dict()
     for k,new in out.state_dict().items():
-        if new.shape == state[k].shape: continue
-        new = new.zero_() if k.endswith('weight') or '.weight' in k else new.fill_(state[k].min().item())
-        new[..., at] = state[k]; state[k] = new
-    out.load_state_dict(state)
+        if k.startswith(('ngrams.', 'linear.')): continue
+        if new.shape == kept[k].shape: new.copy_(kept[k]); continue
+        new.fill_(0. if 'weight' in k else kept[k].min().item())
+        new[..., at] = kept[k]
     return out.eval().requires_grad_(False)
