@@ -46,6 +46,7 @@ class Answers:
     seconds:float = 0. # Of one answer, from bytes to lane
     bytes:int = 0 # Of the bundle
     golden:list[str] = field(default_factory=list) # Golden products that its files answer otherwise than they say
+    recent:np.ndarray|None = None # (R, K) probabilities of the listings delivered since the champion was trained, by a member that has not seen them
     oof:pd.DataFrame = field(default_factory=lambda: pd.DataFrame(dict(truth=[], answer=[]))) # truth, answer: codes of training listings, answered out of fold
 
     @property
@@ -60,10 +61,12 @@ class Answers:
 def aligned(
     a:Answers,
     codes:list[int], # Sorted, at least those that `a` knows
-)->np.ndarray: # (N, len(codes))
+    recent:bool = False, # Append those of recent listings
+)->np.ndarray: # (N, len(codes)), or (N+R, len(codes))
     "Probabilities on the categories `codes`."
-    out = np.zeros((len(a.probs), len(codes)))
-    out[:, np.searchsorted(codes, a.codes)] = a.probs
+    probs = np.concatenate([a.probs, a.recent]) if recent and a.recent is not None else a.probs
+    out = np.zeros((len(probs), len(codes)))
+    out[:, np.searchsorted(codes, a.codes)] = probs
     return out
 
 # %% ../nbs/lib/19_gate.ipynb #9f44fb7c
@@ -124,7 +127,7 @@ def check_scores(
         gained,lost = gained or low > 0, lost or gain < -cfg.margin
         figures |= {f'champion_{s}': a[s], f'challenger_{s}': b[s], f'{s}_gain': gain, f'{s}_low': low, f'{s}_high': high}
         said.append(f"{s.removeprefix('f1_')} F1 {a[s]:.4f} -> {b[s]:.4f} ({gain:+.4f}, between {low:+.4f} and {high:+.4f})")
-    if n: said.append(f'{right} of {n} listings of new categories right')
+    said.append(f'on {len(targets):,} listings'+(f'; {right} of {n} listings of new categories right' if n else ''))
     verdict = 'better beyond luck' if gained and not lost else 'gains in one, but loses too much in another' if gained else 'not better beyond luck'
     return Check('score', bool(gained and not lost), f"{'; '.join(said)}: {verdict}", {k: float(v) for k,v in figures.items()})
 
@@ -230,6 +233,7 @@ def judge(
     groups:np.ndarray, # (N,) near-duplicates
     sample:np.ndarray, # (M,) positions that the robustness tests were made on
     cfg:GateConfig = GateConfig(),
+    recent:tuple = (np.array([], int), np.array([], int)), # (R,) codes and near-duplicates of the listings delivered since the champion was trained
 )->Verdict:
     "Put all questions to a challenger; raises `ValueError` without listings."
     if not len(truth): raise ValueError('there are no test listings to judge by')
@@ -237,9 +241,12 @@ def judge(
     if old is None: return Verdict(all(c.ok for c in own), own)
     codes = sorted({*old.codes, *new.codes})
     index = {c: i for i,c in enumerate(codes)}
-    targets,a,b = np.array([index.get(int(c), -1) for c in truth]), aligned(old, codes), aligned(new, codes)
+    at = lambda c: np.array([index.get(int(x), -1) for x in c], int)
     names = [f'{c} {(new.names | old.names)[c]}' for c in codes]
-    draws = paired_scores(a, b, targets, groups, cfg)
-    checks = [check_scores(a, b, targets, draws, cfg, arrivals(old, new, truth)), check_classes(a, b, targets, groups, names, cfg), check_calibration(a, b, targets, draws, cfg), own[0],
+    targets,a,b = at(truth), aligned(old, codes), aligned(new, codes)
+    all_a,all_b,all_targets,all_groups = aligned(old, codes, True), aligned(new, codes, True), np.concatenate([targets, at(recent[0])]), np.concatenate([groups, recent[1]])
+    draws,all_draws = paired_scores(a, b, targets, groups, cfg), paired_scores(all_a, all_b, all_targets, all_groups, cfg)
+    checks = [check_scores(all_a, all_b, all_targets, all_draws, cfg, arrivals(old, new, truth)), check_classes(all_a, all_b, all_targets, all_groups, names, cfg),
+              check_calibration(a, b, targets, draws, cfg), own[0],
               check_states(old, new, truth[sample], groups[sample], cfg), *check_costs(old, new, cfg), check_labels(old, new, cfg), own[1]]
     return Verdict(all(c.ok for c in checks), checks)

@@ -177,13 +177,15 @@ def probs_of(self:Predictor,
     store_dir:str|Path, # Where image vectors are kept
     use:tuple = ('text', 'image'), # Parts to look at
     progress:bool = True,
+    fold:np.ndarray|None = None, # (N,) the member that answers alone; default: all of them
 )->np.ndarray: # (N, K) probabilities
     "Class probabilities of rows of a dataset."
     if not len(rows): return np.zeros((0, len(self.codes)), np.float32)
     ds = ProductDataset(rows, self.net, self.codes, images_dir, store_dir, self.encode, progress)
+    if fold is not None: ds.fold = fold
     if set(use) != {'text', 'image'}: ds,_ = ds.view(*use)
     batches = tqdm(ds.batches(), desc='predict', disable=not progress)
-    return np.concatenate([self.net.answer(b).softmax(1).numpy() for b in batches])
+    return np.concatenate([self.net.stacked(self.net.unseen(b), b).softmax(1).numpy() for b in batches])
 
 # %% ../nbs/lib/16_predictor.ipynb #d6ab9b14
 @patch

@@ -180,7 +180,9 @@ class Loop:
         scratch,full = self.train(data, f'scratch{m}', None)
         shutil.rmtree(self.home/f'scratch{m}')
         row = dict(month=m, listings=len(data.index), corrections=used, promoted=decision.promoted, reason=decision.reason, categories=len(fitted.codes))
-        costs = dict(gate_s=gate_s, loop_embedding_s=cost['embedding'], scratch_embedding_s=self.charged+full['embedding'], loop_cpu_s=cost['embedding']+cost['rest'], scratch_cpu_s=self.charged+full['rest']+full['embedding'])
+        embedding = self.charged+full['embedding']
+        costs = dict(gate_s=gate_s, loop_embedding_s=cost['embedding'], scratch_embedding_s=embedding,
+                     loop_cpu_s=cost['embedding']+cost['rest'], scratch_cpu_s=embedding+full['rest'])
         return data, scratch, trial, row | costs
 
     def run(self)->pd.DataFrame:
