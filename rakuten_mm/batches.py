@@ -65,8 +65,7 @@ class ProductDataset(torch.utils.data.Dataset):
         encode:PixelEncoder|None = None, # Runtime of the image encoder; PyTorch if left out
         progress:bool = True,
     ):
-        e,self.net,self.images_dir = net.cfg.encoders, net, Path(images_dir)
-        self.names,titles,texts = rows.image.tolist(), rows.title.tolist(), rows.text.tolist()
+        self.net,self.images_dir,self.names,titles,texts = net, Path(images_dir), *(rows[c].tolist() for c in ('image', 'title', 'text'))
         self.has_description = np.array([d != '' for d in texts], bool)
         self.has_text = (self.has_description | np.array([t != '' for t in titles], bool)) & ('text' in net.cfg.modalities)
         self.has_image = np.array([n != '' for n in self.names], bool) & bool(net.image)
@@ -74,7 +73,7 @@ class ProductDataset(torch.utils.data.Dataset):
         self.full = TextReader(net, titles, texts, weights[0], store_dir, progress) if self.has_text.any() else None
         self.short = TextReader(net, titles, ['']*len(titles), weights[1], store_dir, progress) if self.full and self.has_description.any() else self.full
         self.linear = [net.linear.score(r.ngrams) for r in (self.full, self.short)] if self.full and net.linear else [None]*2
-        self.images = self.open_images(encode, store_dir, progress) if net.image and not e.train_image else None
+        self.images = self.open_images(encode, store_dir, progress) if net.image and not net.cfg.encoders.train_image else None
         index = {c: i for i,c in enumerate(codes)}
         self.targets = np.array([index.get(c, -1) for c in rows.prdtypecode]) if 'prdtypecode' in rows else np.full(len(rows), -1)
         self.fold,self.state,self.hide_description,self.scaled = np.full(len(rows), -1), None, 0., {}

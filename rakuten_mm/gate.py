@@ -140,8 +140,7 @@ def class_draws(
 )->np.ndarray: # (B, k) F1
     "F1 of every class in every draw; 1 where it neither occurs nor is answered."
     hot = lambda x: np.eye(k+1, dtype='float32')[x][:, :k]
-    said,true = hot(preds), hot(targets)
-    out = []
+    said,true,out = hot(preds), hot(targets), []
     for w in weights:
         w = w.astype('float32'); total = w@said+w@true
         out.append(np.where(total > 0, 2*(w@(said*true))/np.maximum(total, 1e-9), 1.))
@@ -150,9 +149,8 @@ def class_draws(
 # %% ../nbs/lib/19_gate.ipynb #02371291
 def check_classes(old:np.ndarray, new:np.ndarray, targets:np.ndarray, groups:np.ndarray, names:list[str], cfg:GateConfig)->Check:
     "Whether any category loses more than its budget."
-    k,seen = old.shape[1], np.isin(np.arange(old.shape[1]), targets)
+    k,seen,one = old.shape[1], np.isin(np.arange(old.shape[1]), targets), [np.ones((1, len(targets)))]
     f1 = lambda p,w: class_draws(p.argmax(1), targets, k, w)
-    one = [np.ones((1, len(targets)))]
     fall = (f1(old, one)-f1(new, one))[0]
     draws = f1(old, draw_weights(groups, cfg.draws, cfg.seed))-f1(new, draw_weights(groups, cfg.draws, cfg.seed))
     real = np.quantile(draws, (1-cfg.level)/max(seen.sum(), 1), axis=0) > 0
@@ -244,9 +242,9 @@ def judge(
     at = lambda c: np.array([index.get(int(x), -1) for x in c], int)
     names = [f'{c} {(new.names | old.names)[c]}' for c in codes]
     targets,a,b = at(truth), aligned(old, codes), aligned(new, codes)
-    all_a,all_b,all_targets,all_groups = aligned(old, codes, True), aligned(new, codes, True), np.concatenate([targets, at(recent[0])]), np.concatenate([groups, recent[1]])
-    draws,all_draws = paired_scores(a, b, targets, groups, cfg), paired_scores(all_a, all_b, all_targets, all_groups, cfg)
-    checks = [check_scores(all_a, all_b, all_targets, all_draws, cfg, arrivals(old, new, truth)), check_classes(all_a, all_b, all_targets, all_groups, names, cfg),
-              check_calibration(a, b, targets, draws, cfg), own[0],
+    both = aligned(old, codes, True), aligned(new, codes, True), np.concatenate([targets, at(recent[0])])
+    more = np.concatenate([groups, recent[1]])
+    checks = [check_scores(*both, paired_scores(*both, more, cfg), cfg, arrivals(old, new, truth)), check_classes(*both, more, names, cfg),
+              check_calibration(a, b, targets, paired_scores(a, b, targets, groups, cfg), cfg), own[0],
               check_states(old, new, truth[sample], groups[sample], cfg), *check_costs(old, new, cfg), check_labels(old, new, cfg), own[1]]
     return Verdict(all(c.ok for c in checks), checks)

@@ -67,6 +67,7 @@ def matrix(self:NgramEncoder,
     c = self.cfg
     return self.weigh(hash_blocks([t[:c.max_title_chars] for t in titles], [d[:c.max_description_chars] for d in descriptions]))
 
+# %% ../nbs/lib/09a_ngrams.ipynb #fa57b002
 @patch
 def matrices(self:NgramEncoder,
     titles:list[str], # Clean titles
