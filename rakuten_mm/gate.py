@@ -21,7 +21,7 @@ class GateConfig:
     level:float = .95 # Confidence that it is better, and that a loss is real
     margin:float = .005 # Of weighted and macro F1, the one that did not gain may lose so much
     class_budget:float = .05 # F1 that a category may lose
-    state_budget:float = .02 # Share right that a robustness test may lose
+    state_budget:float = .05 # Share right that a robustness test may lose
     ece_budget:float = .01 # Calibration error that may be added
     latency_ratio:float = 1.3 # Time of an answer, over the champion's
     size_ratio:float = 1.5 # Bytes of the bundle, over the champion's
