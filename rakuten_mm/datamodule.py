@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Sampler
 from .batches import ProductDataset, check_finite
-from .config import FitConfig, n_threads
+from .config import FitConfig
 from .dataset import Dataset
 from .network import MultimodalNet
 from .ngrams import LinearExpert
@@ -110,8 +110,7 @@ def setup(self:ProductDataModule,
     for m,has in (('text', train.has_text), ('image', train.has_image)):
         if m in self.cfg.modalities and not has.any(): raise ValueError(f'no training listing has {m}; use a preset that does not read it')
     if net.linear:
-        net.linear,train.linear = LinearExpert.cross_fit(train.full.ngrams, train.targets, train.fold, len(self.codes),
-                                                         (train.short.ngrams,), n_threads(self.cfg.fit.n_threads))
+        net.linear,train.linear = LinearExpert.cross_fit(train.full.ngrams, train.targets, train.fold, len(self.codes), (train.short.ngrams,))
     if self.folds is None: self.fit_scale(train)
     val = read('val')
     if not self.hold_out: share(train, val, (rows['train'].split == 'val').to_numpy())

@@ -7,7 +7,6 @@ __all__ = ['N_HASH', 'hash_blocks', 'NgramEncoder', 'LinearExpert', 'fit_svm']
 
 # %% ../nbs/lib/09a_ngrams.ipynb #931abc52
 import numpy as np, torch
-from concurrent.futures import ThreadPoolExecutor
 from torch import nn, Tensor
 from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
@@ -180,13 +179,12 @@ def cross_fit(cls:LinearExpert,
     fold:np.ndarray, # (N,) 0…F-1; all 0 fits one machine on everything
     n_classes:int,
     also:tuple = (), # More (N, V) views of the same listings to score, e.g. without descriptions
-    threads:int = 1,
 )->tuple[LinearExpert, list[np.ndarray]]: # The expert, and out-of-fold logits (N, K) of `x` and of each of `also`
     "Fit on all folds but one or two, for each; with a single fold the logits are those of the fit itself."
     if fold.max() >= 3: fold = fold//2
     n = fold.max()+1
     rows = [np.flatnonzero((fold != f) | (n == 1)) for f in range(n)]
-    with ThreadPoolExecutor(max(threads, 1)) as pool: tables = list(pool.map(lambda r: fit_svm(x[r], y[r], n_classes), rows))
+    tables = [fit_svm(x[r], y[r], n_classes) for r in rows]
     oof = [np.zeros((len(y), n_classes), np.float32) for _ in (x, *also)]
     for o,v in zip(oof, (x, *also)):
         for f,t in enumerate(tables): o[fold == f] = v[fold == f]@t[:-1]+t[-1]
