@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['N_SAMPLE', 'N_TIMED', 'golden_problems', 'changed_answers', 'answer_seconds', 'ask', 'Trial', 'out_of_fold',
-           'delivered_since', 'compare', 'Decision', 'decision_of', 'report', 'keep_decision', 'promote']
+           'delivered_since', 'compare', 'Decision', 'decision_of', 'report', 'keep_decision', 'files_of', 'promote']
 
 # %% ../nbs/lib/19_promotion.ipynb #5086b733
 import base64, json, time
@@ -111,23 +111,20 @@ class Trial:
             ).reset_index().sort_values('listings', ascending=False, ignore_index=True)
 
 # %% ../nbs/lib/19_promotion.ipynb #2a5ce1ad
-def out_of_fold(data:Dataset, oof:Path)->pd.DataFrame: # truth, answer
-    "Codes of training listings, and what members that have not seen them say."
+def out_of_fold(data:Dataset, oof:Path)->tuple[pd.DataFrame, np.ndarray]: # Training listings with their fold and `answer`, and their probabilities (N, K)
+    "What members said of listings that they had not seen."
     probs,rows,codes = read_oof(oof, data.products)
-    return pd.DataFrame(dict(truth=rows.prdtypecode, answer=np.array(codes)[probs.argmax(1)]))
+    folds = pd.read_parquet(oof, columns=['productid', 'fold']).set_index('productid').fold
+    return rows.assign(fold=rows.productid.map(folds), answer=np.array(codes)[probs.argmax(1)]), probs
 
 def delivered_since(
     data:Dataset,
-    oof:Path|None, # `oof.parquet` of the challenger's training
-    champion_oof:Path|None, # `oof.parquet` of the champion's
-)->tuple[pd.DataFrame, np.ndarray]|None: # Listings with their fold, and the challenger's probabilities (R, K)
-    "Listings that the challenger was trained on and the champion was not, nor on copies of them; corrections are left out."
-    if not oof or not champion_oof: return None
-    probs,rows,_ = read_oof(oof, data.products)
+    learnt:pd.DataFrame, # (N,) training listings of the challenger, from `out_of_fold`
+    champion_oof:Path, # `oof.parquet` of the champion's training
+)->np.ndarray: # (N,) bool
+    "Which listings the champion was not trained on, nor on copies of them; corrections are left out."
     seen = data.products.productid.isin(pd.read_parquet(champion_oof, columns=['productid']).productid)
-    new = (~rows.group.isin(data.products.group[seen]) & (rows.productid < SERVED)).to_numpy()
-    folds = pd.read_parquet(oof, columns=['productid', 'fold']).set_index('productid').fold
-    return rows[new].assign(fold=rows.productid[new].map(folds)), probs[new]
+    return (~learnt.group.isin(data.products.group[seen]) & (learnt.productid < SERVED)).to_numpy()
 
 # %% ../nbs/lib/19_promotion.ipynb #c0de5002
 def compare(
@@ -147,10 +144,11 @@ def compare(
     new,old = (*(ask(m, n, b, rows, sample, data.images_dir, progress) for m,n,b in zip(models, names, bundles)), None)[:2]
     if old:
         new.seconds,old.seconds = answer_seconds(models, rows.iloc[sample[:N_TIMED]], data.images_dir)
-        if oofs[0]: new.oof = out_of_fold(data, oofs[0])
-        since = delivered_since(data, *oofs)
-        if since and len(since[0]):
-            r,new.recent = since
+    if old and oofs[0]:
+        learnt,probs = out_of_fold(data, oofs[0])
+        new.oof = pd.DataFrame(dict(truth=learnt.prdtypecode, answer=learnt.answer))
+        if oofs[1] and (since := delivered_since(data, learnt, oofs[1])).any():
+            r,new.recent = learnt[since], probs[since]
             old.recent = models[1].probs_of(r, data.images_dir, artifacts_dir()/'embeddings', progress=progress, fold=r.fold.to_numpy())
             recent = dict(recent=(r.prdtypecode.to_numpy(), r.group.to_numpy()))
     return Trial(judge(old, new, rows.prdtypecode.to_numpy(), rows.group.to_numpy(), sample, cfg, **recent), new, old, rows)
@@ -201,6 +199,13 @@ def keep_decision(decision:Decision, trial:Trial, out_dir:Path, tag:bool = True)
     for k,v in asdict(decision).items(): client.set_model_version_tag(MODEL, str(decision.challenger), f'promotion.{k}', json.dumps(v)[:5_000])
     for name in ('report.md', 'decision.json', 'changes.csv') if run else (): client.log_artifact(run, str(out_dir/name), 'promotion')
 
+# %% ../nbs/lib/19_promotion.ipynb #f11e5001
+def files_of(version:int|None)->tuple[Path|None, Path|None]: # Bundle, and `oof.parquet` of its training if it was kept
+    "What the registry has of a version; nothing of none."
+    if not version: return None, None
+    training = resolve_training(version)
+    return resolve_model(f'models:/{MODEL}/{version}')[0], training and training/'oof.parquet'
+
 # %% ../nbs/lib/19_promotion.ipynb #f524e29d
 def promote(
     version:int, # Registered challenger
@@ -212,19 +217,17 @@ def promote(
 )->tuple[Decision, Trial]:
     "Judge a challenger against the champion, and move the alias if it passes; raises `RegistryError`, or `ChampionMoved` if that happens again and again."
     get_version(version)
-    out_dir = Path(out_dir) if out_dir else artifacts_dir()/'promotions'/f'v{version}-{time.time_ns()//1_000_000}'
-    bundle = lambda v: resolve_model(f'models:/{MODEL}/{v}')[0] if v else None
     for attempt in range(3):
         champion = alias_version('champion')
-        oofs = tuple((t := v and resolve_training(v)) and t/'oof.parquet' for v in (version, champion))
-        trial = compare(bundle(version), bundle(champion), data, cfg, (f'version {version}', f'version {champion}'), progress, oofs)
+        (new,oof),(old,old_oof) = files_of(version), files_of(champion)
+        trial = compare(new, old, data, cfg, (f'version {version}', f'version {champion}'), progress, (oof, old_oof))
         decision = decision_of(trial, version, champion, data.manifest['version'])
-        if champion == version: decision.promoted,decision.reason = False, 'it already is the champion'
-        elif why := rolled_back(version): decision.promoted,decision.reason = False, f'it was rolled back: {why}'
+        why = 'it already is the champion' if champion == version else f'it was rolled back: {back}' if (back := rolled_back(version)) else ''
+        if why: decision.promoted,decision.reason = False, why
         try:
             if decision.promoted and not dry_run: move_champion(version, champion, 'promote', decision.reason)
             break
         except ChampionMoved:
             if attempt == 2: raise
-    keep_decision(decision, trial, out_dir, tag=not dry_run)
+    keep_decision(decision, trial, Path(out_dir or artifacts_dir()/'promotions'/f'v{version}-{time.time_ns()//1_000_000}'), tag=not dry_run)
     return decision, trial
