@@ -55,7 +55,7 @@ def answer_seconds(
     models:list[Predictor],
     rows:pd.DataFrame, # Listings to ask about
     images_dir:Path,
-    rounds:int = 7,
+    rounds:int = 5,
 )->list[float]: # Mean seconds of an answer, one a model
     "Time of an answer, the models in turns."
     listings = [(r.designation, r.description, (images_dir/r.image).read_bytes() if r.image else None) for r in rows.itertuples()]
@@ -69,7 +69,7 @@ def answer_seconds(
     return took[1:].min(0).mean(1).tolist()  # the first round warms up
 
 # %% ../nbs/lib/19_promotion.ipynb #85c55e1b
-N_SAMPLE,N_TIMED = 1_000,24 # Listings of the robustness tests, and of the stopwatch
+N_SAMPLE,N_TIMED = 1_000,16 # Listings of the robustness tests, and of the stopwatch
 
 def ask(
     model:Predictor,
@@ -142,8 +142,7 @@ def compare(
     bundles = [b for b in (challenger, champion) if b]
     models = [Predictor.load(b) for b in bundles]
     new,old = (*(ask(m, n, b, rows, sample, data.images_dir, progress) for m,n,b in zip(models, names, bundles)), None)[:2]
-    if old:
-        new.seconds,old.seconds = answer_seconds(models, rows.iloc[sample[:N_TIMED]], data.images_dir)
+    if old: new.seconds,old.seconds = answer_seconds(models, rows.iloc[sample[:N_TIMED]], data.images_dir)
     if old and oofs[0]:
         learnt,probs = out_of_fold(data, oofs[0])
         new.oof = pd.DataFrame(dict(truth=learnt.prdtypecode, answer=learnt.answer))
