@@ -429,6 +429,7 @@ def main():
     finally: shutil.rmtree(home, ignore_errors=True)
     bars = dict(compute_ratio=('loop', '<=', .15), largest_lag=('loop', '<=', .02), sabotaged_refused=('sabotage', '>=', 1),
                 equal_refused=('sabotage', '>=', 1), better_promoted=('power', '>=', .9), active_over_random=('active', '>=', 2))
+    if args.quick: print('--quick: too small for the bars to be expected')
     for k,(part,sign,bar) in bars.items():
         if part in out:
             v = float(out[part][k]); ok = v <= bar if sign == '<=' else v >= bar
