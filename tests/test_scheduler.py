@@ -23,7 +23,7 @@ from rakuten_mm.process import card_of, ended
 from rakuten_mm.synthetic import synthesize
 from rakuten_mm.tracking import mlflow_client, tracked_run
 from zenml_pipelines.history import History, Run, scheduler_dir
-from zenml_pipelines.runner import Runner
+from zenml_pipelines.runner import Runner, take
 from zenml_pipelines.schedule import native_schedules, read_schedule
 from zenml_pipelines.scheduler import Scheduler, health, request_path
 
@@ -203,6 +203,16 @@ def test_two_schedulers_run_what_is_due_once(home):
     assert outcomes().count('ok') == 1 and len(outcomes()) <= 2  # the other one came too late, or was refused
 
 
+def test_time_is_not_lost_to_one_that_never_starts(home):
+    "Whoever holds the lock may still step back; the job stays due until somebody has started it."
+    c = Clock(schedule(home)); c.tick()
+    lock = take('api_check.lock')
+    c.tick(DAY)
+    assert outcomes() == []
+    os.close(lock); c.tick(1)
+    assert outcomes() == ['ok']
+
+
 # When
 
 def test_due(home):
@@ -318,7 +328,7 @@ def test_request(home):
 
 SERVICE = '''
 import sys, logging
-from zenml_pipelines.runner import Runner
+from zenml_pipelines.runner import Runner, take
 from zenml_pipelines.schedule import read_schedule
 from zenml_pipelines.scheduler import Scheduler
 from rakuten_mm.operations import stop_on_signal

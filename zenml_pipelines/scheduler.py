@@ -128,6 +128,7 @@ class Due(Start):
         now = self.scheduler.now()
         self.before = self.history.claimed_until(self.job.name, self.job.cron, now)
         if self.job.next_time(self.before) > now: return False  # another scheduler has done it
+        if refused and not self.history.runs(1, self.job.pipeline, 'running'): return False  # who holds the lock may still step back: ask again
         self.history.claim(self.job.name, self.job.cron, now)
         if not refused: self.running()
         return True
