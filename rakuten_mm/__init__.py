@@ -1,1 +1,5 @@
 __version__ = "0.1.0"
+
+import warnings
+
+warnings.filterwarnings('ignore', message='IProgress not found')  # bars are text where ipywidgets is not installed

@@ -12,3 +12,9 @@ nbs = [p for kind in ('lib', 'research') for p in sorted(nbglob(cfg.nbs_path/kin
 def test_notebook(nb):
     ok,_ = run_nb(nb, skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path)
     assert ok
+
+
+def test_outputs_name_no_machine():
+    "Stored outputs hold neither paths of this checkout nor warnings of installed packages."
+    found = [p.name for p in nbglob(cfg.nbs_path, as_path=True) if any(x in p.read_text(encoding='utf-8') for x in (f'{cfg.config_path}/', 'site-packages/'))]
+    assert not found, f'{", ".join(found)}: run with no warnings, or clear these outputs'
