@@ -19,7 +19,7 @@ from .reliability import draw_weights, ece, weighted_scores
 class GateConfig:
     "What a challenger must gain, and what it may cost."
     level:float = .95 # Confidence that it is better, and that a loss is real
-    margin:float = .005 # Of weighted and macro F1, the one that did not gain may lose so much
+    margin:float = .005 # That weighted and macro F1 may each lose
     class_budget:float = .05 # F1 that a category may lose
     state_budget:float = .05 # Share right that a robustness test may lose
     ece_budget:float = .01 # Calibration error that may be added

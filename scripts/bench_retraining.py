@@ -131,7 +131,7 @@ class Loop:
         self.home,self.cfg,self.meter,self.seed,self.months,self.monthly = home, cfg, meter, seed, months, monthly
         self.sizes = [first]+[traffic]*(months+1)
         self.starts = np.cumsum([0, *self.sizes])
-        self.corrections,self.champion,self.rows,self.charged = [], None, [], 0.
+        self.corrections,self.rows,self.charged = [], [], 0.
 
     def raw(self, m:int)->Path:
         "All listings of a month; month 0 is before the system began."

@@ -328,7 +328,7 @@ def test_request(home):
 
 SERVICE = '''
 import sys, logging
-from zenml_pipelines.runner import Runner, take
+from zenml_pipelines.runner import Runner
 from zenml_pipelines.schedule import read_schedule
 from zenml_pipelines.scheduler import Scheduler
 from rakuten_mm.operations import stop_on_signal
