@@ -8,7 +8,7 @@ from pathlib import Path
 
 ours = Path(os.environ['RAKUTEN_MM_RAW']).with_name('synthetic')
 if os.environ['RAKUTEN_MM_REMOTE'] == str(ours) and not ours.exists():
-    from rakuten_mm.synthetic import synthesize
+    from rakuten_mm.synthetic.catalogue import synthesize
     rows = int(os.environ.get('RAKUTEN_MM_SYNTHETIC') or 2000)
     print(f'no partner is configured: writing {rows} synthetic listings to {ours}', flush=True)
     stage = ours.with_name('.synthetic.tmp')

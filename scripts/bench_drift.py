@@ -21,16 +21,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from rakuten_mm.config import TrainConfig, load_environment, preset
-from rakuten_mm.dataset import Dataset
-from rakuten_mm.drift import CAUSES, detect
-from rakuten_mm.ingestion import ingest
-from rakuten_mm.pictures import encode_picture
-from rakuten_mm.predictor import Predictor
-from rakuten_mm.synthetic import CODES, class_weights, make_plan, make_row, synthesize
-from rakuten_mm.traffic import SKETCH, Traffic, assemble, listing_facts, observe, reference
-from rakuten_mm.training import export, fit
-from rakuten_mm.wording import make_title
+from rakuten_mm.core.config import TrainConfig, load_environment, preset
+from rakuten_mm.data.dataset import Dataset
+from rakuten_mm.data.ingestion import ingest
+from rakuten_mm.models.predictor import Predictor
+from rakuten_mm.monitoring.drift import CAUSES, detect
+from rakuten_mm.monitoring.observations import SKETCH, Traffic, assemble, listing_facts, observe, reference
+from rakuten_mm.synthetic.catalogue import CODES, class_weights, make_plan, make_row, synthesize
+from rakuten_mm.synthetic.images import encode_picture
+from rakuten_mm.synthetic.texts import make_title
+from rakuten_mm.training.export import export, fit
 
 STILL = 10**6 # Rows of a time axis on which a few thousand see no time pass
 

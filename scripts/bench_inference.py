@@ -25,20 +25,20 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from rakuten_mm.config import EncoderConfig, load_environment, n_threads, preset
-from rakuten_mm.dataset import Dataset
-from rakuten_mm.embedding import ahead
-from rakuten_mm.encoders import HFEncoder, ImageEncoder, hf_encoder, image_encoder
-from rakuten_mm.image import decode_image, to_square
-from rakuten_mm.ingestion import ingest
-from rakuten_mm.pictures import make_picture
-from rakuten_mm.predictor import Predictor
-from rakuten_mm.runtime import NAMES, Session, differences, encode, fastest, runtime, timed
-from rakuten_mm.schema import image_name, read_listings
-from rakuten_mm.synthetic import synthesize
-from rakuten_mm.text import clean_text
-from rakuten_mm.vocabulary import CLASSES
-from rakuten_mm.wording import write_text
+from rakuten_mm.core.config import EncoderConfig, load_environment, n_threads, preset
+from rakuten_mm.data.dataset import Dataset
+from rakuten_mm.data.image import decode_image, to_square
+from rakuten_mm.data.ingestion import ingest
+from rakuten_mm.data.schema import image_name, read_listings
+from rakuten_mm.data.text import clean_text
+from rakuten_mm.models.embeddings import ahead
+from rakuten_mm.models.encoders import HFEncoder, ImageEncoder, hf_encoder, image_encoder
+from rakuten_mm.models.predictor import Predictor
+from rakuten_mm.models.runtime import NAMES, Session, differences, encode, fastest, runtime, timed
+from rakuten_mm.synthetic.catalogue import synthesize
+from rakuten_mm.synthetic.images import make_picture
+from rakuten_mm.synthetic.lexicon import CLASSES
+from rakuten_mm.synthetic.texts import write_text
 
 BATCH,SIZE,TOLERANCE = 32, 224, .02
 
@@ -125,7 +125,7 @@ def text_part(spec:str|None, work:Path, n:int, rounds:int)->dict:
 
 def make_bundle(work:Path, rows:int, name:str, image_size:int)->tuple[Path, list[tuple]]:
     "A model trained on synthetic listings, and the designation, description and encoded picture of others."
-    from rakuten_mm.training import export, fit
+    from rakuten_mm.training.export import export, fit
     os.environ['RAKUTEN_MM_ARTIFACTS'] = str(work/'artifacts')
     ingest(synthesize(work/'raw', rows, 0, image_size=image_size, progress=False), work/'data', progress=False)
     data = Dataset.open(work/'data')

@@ -25,18 +25,18 @@ import pandas as pd
 import psutil
 from PIL import Image
 
-from rakuten_mm.config import load_environment, n_threads
-from rakuten_mm.dataset import Dataset
-from rakuten_mm.facts import check_pictures
-from rakuten_mm.fingerprint import duplicate_groups
-from rakuten_mm.ingestion import fingerprints_of
-from rakuten_mm.synthetic import synthesize
+from rakuten_mm.core.config import load_environment, n_threads
+from rakuten_mm.data.dataset import Dataset
+from rakuten_mm.data.features import check_pictures
+from rakuten_mm.data.ingestion import fingerprints_of
+from rakuten_mm.data.near_duplicates import duplicate_groups
+from rakuten_mm.synthetic.catalogue import synthesize
 
 INGEST = '''
 import json, sys, time
-from rakuten_mm.config import load_environment
+from rakuten_mm.core.config import load_environment
 load_environment('no.env')
-from rakuten_mm.ingestion import ingest
+from rakuten_mm.data.ingestion import ingest
 start = time.perf_counter()
 m = ingest(sys.argv[1], sys.argv[2], progress=False).manifest
 print(json.dumps(dict(s=time.perf_counter()-start, version=m['version'], rows=m['rows'], groups=m['groups'])))

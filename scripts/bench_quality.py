@@ -33,16 +33,16 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from rakuten_mm.batches import ProductDataset
-from rakuten_mm.config import EncoderConfig, artifacts_dir, load_environment, n_threads, preset
-from rakuten_mm.dataset import Dataset
-from rakuten_mm.embedding import EmbeddingStore, encode_pixels
-from rakuten_mm.encoders import encoder_fingerprint, hf_encoder, image_encoder
-from rakuten_mm.fitting import answers, expert_logits, fit
-from rakuten_mm.ingestion import ingest
-from rakuten_mm.reliability import ece
-from rakuten_mm.stacking import STATES
-from rakuten_mm.triage import resample_promise
+from rakuten_mm.core.config import EncoderConfig, artifacts_dir, load_environment, n_threads, preset
+from rakuten_mm.data.dataset import Dataset
+from rakuten_mm.data.ingestion import ingest
+from rakuten_mm.models.embeddings import EmbeddingStore, encode_pixels
+from rakuten_mm.models.encoders import encoder_fingerprint, hf_encoder, image_encoder
+from rakuten_mm.models.inputs import ProductDataset
+from rakuten_mm.models.stacking import STATES
+from rakuten_mm.stats.calibration import ece
+from rakuten_mm.stats.triage import resample_promise
+from rakuten_mm.training.fit import answers, expert_logits, fit
 
 
 def say(*args): print(*args, file=sys.stderr, flush=True)

@@ -36,7 +36,7 @@ import numpy as np
 import pandas as pd
 from bench_ingestion import say
 
-from rakuten_mm.config import FitConfig, load_environment, n_threads, preset
+from rakuten_mm.core.config import FitConfig, load_environment, n_threads, preset
 
 CATEGORY_COMES = 2905 # appears when a third of the time axis has passed
 
@@ -44,7 +44,7 @@ CATEGORY_COMES = 2905 # appears when a third of the time axis has passed
 class Meter:
     "CPU seconds of this process, and those spent on embedding apart."
     def __init__(self):
-        from rakuten_mm.embedding import EmbeddingStore
+        from rakuten_mm.models.embeddings import EmbeddingStore
         self.embedding,fill = 0., EmbeddingStore.fill
         def timed(store, *a, **kw):
             t0 = time.process_time()
@@ -74,8 +74,8 @@ def truth_of(raw:Path)->pd.Series:
 
 def clean_rows(raw:Path)->pd.DataFrame:
     "The listings of a delivery as the server would read them: productid, title, text, image, and their true category."
-    from rakuten_mm.schema import image_name
-    from rakuten_mm.text import clean_text
+    from rakuten_mm.data.schema import image_name
+    from rakuten_mm.data.text import clean_text
     x = pd.read_csv(raw/'X_train_update.csv', index_col=0, keep_default_na=False)
     images = [image_name(r.imageid, r.productid) for r in x.itertuples()]
     clean = dict(title=x.designation.map(clean_text), text=x.description.map(clean_text))
@@ -89,9 +89,9 @@ def macro_f1(probs:np.ndarray, codes:list[int], truth:pd.Series)->float:
 
 def in_memory(fitted):
     "A fitted network as a predictor, without sealing it; pictures are read by the graph that training uses."
-    from rakuten_mm.config import graphs_dir
-    from rakuten_mm.predictor import Predictor
-    from rakuten_mm.runtime import frozen_runtime
+    from rakuten_mm.core.config import graphs_dir
+    from rakuten_mm.models.predictor import Predictor
+    from rakuten_mm.models.runtime import frozen_runtime
     names = {str(c): n for c,n in fitted.names.items()}
     p = Predictor(fitted.net, dict(codes=fitted.codes, names=names, train={}, info={}), fitted.triage)
     if fitted.net.image: p.encode = frozen_runtime(fitted.net.image, p.size, graphs_dir())
@@ -111,8 +111,8 @@ def most_useful(probs:np.ndarray, n:int)->np.ndarray: # (n,) positions
 
 def reviewed(model, rows:pd.DataFrame, probs:np.ndarray, raw:Path, share:float, when:datetime)->list:
     "What reviewers say of the most useful listings of the review lane."
-    from rakuten_mm.feedback import Correction, text_hash
-    from rakuten_mm.seal import sha256_file
+    from rakuten_mm.core.files import sha256_file
+    from rakuten_mm.data.feedback import Correction, text_hash
     lane = model.triage.lanes(probs) if model.triage else np.full(len(rows), 'review')
     waiting = np.flatnonzero(lane == 'review')
     out = []
@@ -135,7 +135,7 @@ class Loop:
 
     def raw(self, m:int)->Path:
         "All listings of a month; month 0 is before the system began."
-        from rakuten_mm.synthetic import synthesize
+        from rakuten_mm.synthetic.catalogue import synthesize
         folder = self.home/f'raw{m}'
         if not folder.exists():
             synthesize(folder, self.sizes[m], 0, self.seed, progress=False, start=int(self.starts[m]), total=int(self.starts[-1]))
@@ -152,19 +152,19 @@ class Loop:
         return folder
 
     def train(self, data, name:str, init:Path|None):
-        from rakuten_mm.training import fit
+        from rakuten_mm.training.export import fit
         with self.meter.measure() as cost: fitted = fit(data, self.cfg, self.home/name, self.seed, progress=False, init=str(init or ''))
         return fitted, cost
 
     def month(self, m:int):
         "Take a month in, retrain, promote; and the same from scratch."
-        from rakuten_mm.dataset import Dataset
-        from rakuten_mm.feedback import write_delivery
-        from rakuten_mm.ingestion import ingest
-        from rakuten_mm.promotion import promote
-        from rakuten_mm.registry import model_versions
-        from rakuten_mm.tracking import alias_version, register_bundle, resolve_training, tracked_run
-        from rakuten_mm.training import export
+        from rakuten_mm.core.tracking import alias_version, register_bundle, resolve_training, tracked_run
+        from rakuten_mm.data.dataset import Dataset
+        from rakuten_mm.data.feedback import write_delivery
+        from rakuten_mm.data.ingestion import ingest
+        from rakuten_mm.registry.champion import model_versions
+        from rakuten_mm.registry.promotion import promote
+        from rakuten_mm.training.export import export
         home = self.home/'data'
         ingest(self.delivery(m), home, progress=False)
         used = write_delivery(self.corrections, Dataset.open(home), self.home/'feedback').used if self.corrections else 0
@@ -186,8 +186,8 @@ class Loop:
         return data, scratch, trial, row | costs
 
     def run(self)->pd.DataFrame:
-        from rakuten_mm.predictor import Predictor
-        from rakuten_mm.tracking import MODEL, resolve_model
+        from rakuten_mm.core.tracking import MODEL, resolve_model
+        from rakuten_mm.models.predictor import Predictor
         for m in range(self.months+1):
             data,scratch,trial,row = self.month(m)
             champion,raw = Predictor.load(resolve_model(f'models:/{MODEL}@champion')[0]), self.raw(m+1)
@@ -238,9 +238,9 @@ def spoil_pictures(df:pd.DataFrame, rng)->pd.DataFrame:
 
 def overconfident(bundle:Path, dest:Path)->Path:
     "The same answers with logits three times as large, sealed with golden products of its own."
-    from rakuten_mm.bundle import load_bundle, save_bundle
-    from rakuten_mm.predictor import read_golden
-    from rakuten_mm.seal import seal
+    from rakuten_mm.core.files import seal
+    from rakuten_mm.models.bundle import load_bundle, save_bundle
+    from rakuten_mm.models.predictor import read_golden
     net,config = load_bundle(bundle)
     net.stack.weights *= 3
     triage = json.loads((bundle/'triage.json').read_text())
@@ -252,8 +252,8 @@ def overconfident(bundle:Path, dest:Path)->Path:
 
 def slow(bundle:Path, dest:Path)->Path:
     "The same weights without the exported graph: the network runs in PyTorch."
-    from rakuten_mm.predictor import read_golden
-    from rakuten_mm.seal import seal
+    from rakuten_mm.core.files import seal
+    from rakuten_mm.models.predictor import read_golden
     shutil.copytree(bundle, dest); (dest/'image.onnx').unlink(); seal(dest)
     regolden(dest, read_golden(bundle)); seal(dest)
     return dest
@@ -263,8 +263,8 @@ def regolden(bundle:Path, golden:list[dict]):
     "Golden products answered by the spoilt bundle itself, so that only what is spoilt speaks against it."
     import base64
 
-    from rakuten_mm.predictor import Predictor
-    from rakuten_mm.seal import seal
+    from rakuten_mm.core.files import seal
+    from rakuten_mm.models.predictor import Predictor
     seal(bundle)
     model = Predictor.load(bundle)
     for g in golden:
@@ -275,8 +275,8 @@ def regolden(bundle:Path, golden:list[dict]):
 
 def bench_sabotage(data, cfg, home:Path, seed:int = 1)->dict:
     "What the gate says to five spoilt challengers, an equal one, and an honest one."
-    from rakuten_mm.promotion import compare
-    from rakuten_mm.training import export, fit
+    from rakuten_mm.registry.promotion import compare
+    from rakuten_mm.training.export import export, fit
     rng,df = np.random.default_rng(seed), data.products
     def trained(products, name, seed=seed):
         d = with_products(data, products)
@@ -314,12 +314,12 @@ def bench_sabotage(data, cfg, home:Path, seed:int = 1)->dict:
 
 def bench_power(cfg, home:Path, n_train:int, n_pool:int, n_test:int, draws:int = 20, gain:float = .015, seed:int = 3)->dict:
     "How often the gate promotes a model that is `gain` better in truth, and one that is not."
-    from rakuten_mm.config import single_modality
-    from rakuten_mm.gate import Answers, GateConfig, aligned, check_scores, paired_scores
-    from rakuten_mm.ingestion import ingest
-    from rakuten_mm.synthetic import make_plan, make_row, synthesize
-    from rakuten_mm.text import clean_text
-    from rakuten_mm.training import fit
+    from rakuten_mm.core.config import single_modality
+    from rakuten_mm.data.ingestion import ingest
+    from rakuten_mm.data.text import clean_text
+    from rakuten_mm.registry.gate import Answers, GateConfig, aligned, check_scores, paired_scores
+    from rakuten_mm.synthetic.catalogue import make_plan, make_row, synthesize
+    from rakuten_mm.training.export import fit
     total = n_train+n_pool
     raw = synthesize(home/'raw', n_train, 0, seed, image_size=32, progress=False, start=0, total=total)
     data = ingest(raw, home/'data', progress=False)
@@ -362,9 +362,9 @@ def bench_power(cfg, home:Path, n_train:int, n_pool:int, n_test:int, draws:int =
 
 def bench_active(cfg, home:Path, n_first:int, n_traffic:int, n_judge:int, seeds:int, share:float = .05, seed:int = 5)->dict:
     "What the most useful corrections buy, against random ones."
-    from rakuten_mm.ingestion import ingest
-    from rakuten_mm.synthetic import synthesize
-    from rakuten_mm.training import export, fit
+    from rakuten_mm.data.ingestion import ingest
+    from rakuten_mm.synthetic.catalogue import synthesize
+    from rakuten_mm.training.export import export, fit
     total = n_first+n_traffic+n_judge
     parts = {name: synthesize(home/name, n, 0, seed, progress=False, start=start, total=total)
              for name,start,n in (('first', 0, n_first), ('traffic', n_first, n_traffic), ('judge', n_first+n_traffic, n_judge))}
@@ -421,7 +421,7 @@ def main():
             loop.home.mkdir()
             if 'loop' in parts: out['loop'] = bench_loop(loop)
             else:
-                from rakuten_mm.ingestion import ingest
+                from rakuten_mm.data.ingestion import ingest
                 for m in range(loop.months+1): loop.data = ingest(loop.delivery(m), loop.home/'data', progress=False)
             if 'sabotage' in parts: out['sabotage'] = bench_sabotage(loop.data, cfg, home/'sabotage')
         if 'power' in parts: out['power'] = bench_power(cfg, home/'power', *((300, 600, 400, 2) if args.quick else (3_000, 9_000, 3_000, 20)))

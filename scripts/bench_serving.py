@@ -79,9 +79,9 @@ from fastapi import Depends, FastAPI, HTTPException
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from pydantic import BaseModel
 
-from rakuten_mm.bundle import load_bundle
-from rakuten_mm.predictor import Predictor
-from rakuten_mm.triage import Triage
+from rakuten_mm.models.bundle import load_bundle
+from rakuten_mm.models.predictor import Predictor
+from rakuten_mm.stats.triage import Triage
 
 bundle = Path(os.environ['BUNDLE'])
 net,config = load_bundle(bundle)
@@ -304,20 +304,20 @@ class Bench:
 
     @cached_property
     def model(self):
-        from rakuten_mm.predictor import Predictor
+        from rakuten_mm.models.predictor import Predictor
         return Predictor.load(self.bundle)
 
     @cached_property
     def versions(self)->list[int]:
         "The bundle, registered twice."
-        from rakuten_mm.tracking import register_bundle, tracked_run
+        from rakuten_mm.core.tracking import register_bundle, tracked_run
         def register():
             with tracked_run() as run: return register_bundle(run, self.bundle)
         return [register(), register()]
 
     def promote(self, i:int):
         "Let the alias point at one of `versions`."
-        from rakuten_mm.tracking import MODEL, mlflow_client
+        from rakuten_mm.core.tracking import MODEL, mlflow_client
         mlflow_client().set_registered_model_alias(MODEL, 'champion', self.versions[i])
 
     def requests(self, name:str, rows)->Path:
@@ -534,8 +534,8 @@ def swap(bench:Bench, ours:Served)->dict:
 
 def rows_for(work:Path, image_size:int, n:int)->list[tuple]:
     "Designation, description and encoded picture of synthetic listings."
-    from rakuten_mm.schema import image_name, read_listings
-    from rakuten_mm.synthetic import synthesize
+    from rakuten_mm.data.schema import image_name, read_listings
+    from rakuten_mm.synthetic.catalogue import synthesize
     raw = synthesize(work/'requests', n, n_test=0, seed=0, image_size=image_size, progress=False)
     files = [(r, raw/'images'/'image_train'/image_name(r.imageid, r.productid)) for r in read_listings(raw/'X_train_update.csv').itertuples()]
     return [(r.designation, r.description, f.read_bytes()) for r,f in files if f.exists()]
@@ -567,7 +567,7 @@ def main():
 def run(work:Path, args)->dict:
     import torch
 
-    from rakuten_mm.config import load_environment, n_threads
+    from rakuten_mm.core.config import load_environment, n_threads
     for k in [k for k in os.environ if k.startswith(('API_', 'MLFLOW_', 'RAKUTEN_MM_'))]: del os.environ[k]
     os.environ['RAKUTEN_MM_ARTIFACTS'] = str(work/'artifacts')
     load_environment('no.env')

@@ -31,8 +31,8 @@ from pathlib import Path
 import pandas as pd
 from bench_ingestion import say, tree_rss
 
-from rakuten_mm.config import PRESETS, EncoderConfig, FitConfig, NetworkConfig, TrainConfig, load_environment, n_threads, preset
-from rakuten_mm.dataset import Dataset
+from rakuten_mm.core.config import PRESETS, EncoderConfig, FitConfig, NetworkConfig, TrainConfig, load_environment, n_threads, preset
+from rakuten_mm.data.dataset import Dataset
 
 
 class Stopwatch:
@@ -57,7 +57,11 @@ class Stopwatch:
 
 
 def watch_training()->Stopwatch:
-    from rakuten_mm import batches, datamodule, embedding, fitting, network
+    from rakuten_mm.models import embeddings as embedding
+    from rakuten_mm.models import inputs as batches
+    from rakuten_mm.models import network
+    from rakuten_mm.training import datamodule
+    from rakuten_mm.training import fit as fitting
     w = Stopwatch()
     w.watch(embedding.EmbeddingStore, 'fill', 'embedding')
     w.watch(batches, 'encoder_fingerprint', 'fingerprint')
@@ -73,8 +77,8 @@ def watch_training()->Stopwatch:
 
 def child(job:dict):
     "Warm up on other data, then train once; prints seconds, by phase too."
-    from rakuten_mm import fitting
-    from rakuten_mm.bundle import save_bundle
+    from rakuten_mm.models.bundle import save_bundle
+    from rakuten_mm.training import fit as fitting
     home = os.environ['RAKUTEN_MM_ARTIFACTS']
     with tempfile.TemporaryDirectory() as d:
         os.environ['RAKUTEN_MM_ARTIFACTS'] = d
@@ -163,10 +167,10 @@ def fine_tuning(work:Path, data:Dataset, rows:int, size:int, epochs:int)->dict:
     import pytorch_lightning as pl
     import torch
 
-    from rakuten_mm.classifier import ProductClassifier, encoder_groups
-    from rakuten_mm.datamodule import ProductDataModule
-    from rakuten_mm.fitting import make_trainer
-    from rakuten_mm.network import build_network
+    from rakuten_mm.models.network import build_network
+    from rakuten_mm.training.datamodule import ProductDataModule
+    from rakuten_mm.training.fit import make_trainer
+    from rakuten_mm.training.lightning_module import ProductClassifier, encoder_groups
     os.environ['RAKUTEN_MM_ARTIFACTS'] = str(work/'fine-tuning')
     cfg = TrainConfig(EncoderConfig(ngrams=False, text=None, image_size=size, train_image=True), NetworkConfig(members=1), FitConfig(batch_size=32))
     df = data.products
@@ -228,8 +232,8 @@ def main():
 
 
 def bench(work:Path, args)->dict:
-    from rakuten_mm.ingestion import ingest
-    from rakuten_mm.synthetic import synthesize
+    from rakuten_mm.data.ingestion import ingest
+    from rakuten_mm.synthetic.catalogue import synthesize
     if not args.data:
         say('making listings')
         synthesize(work/'raw', 600 if args.quick else 4_000, 0, image_size=224, progress=False)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import httpx
 
-from rakuten_mm.config import artifacts_dir, load_environment
-from rakuten_mm.dataset import Dataset
+from rakuten_mm.core.config import artifacts_dir, load_environment
+from rakuten_mm.data.dataset import Dataset
 
 
 def free_port(

@@ -4,7 +4,7 @@ The tracker gets MLFLOW_TRACKING_URI, or SQLite in the artifacts folder; run thi
 """
 import os
 
-from rakuten_mm.config import load_environment
+from rakuten_mm.core.config import load_environment
 
 load_environment()
 
@@ -13,7 +13,7 @@ from zenml.config.global_config import GlobalConfiguration  # noqa: E402
 from zenml.enums import StackComponentType as Kind  # noqa: E402
 from zenml.utils.source_utils import set_custom_source_root  # noqa: E402
 
-from rakuten_mm.tracking import EXPERIMENT, mlflow_client, tracking_uri  # noqa: E402
+from rakuten_mm.core.tracking import EXPERIMENT, mlflow_client, tracking_uri  # noqa: E402
 
 STACK,TRACKER = 'rakuten_local','rakuten_mlflow'
 

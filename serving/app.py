@@ -14,8 +14,8 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 
-from rakuten_mm.image import InvalidImage
-from rakuten_mm.taxonomy import CATEGORIES
+from rakuten_mm.data.image import InvalidImage
+from rakuten_mm.data.taxonomy import CATEGORIES
 from serving import metrics
 from serving.auth import Access, Who
 from serving.config import ServeConfig

@@ -3,7 +3,7 @@ import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from rakuten_mm.config import artifacts_dir
+from rakuten_mm.core.config import artifacts_dir
 
 ROLES = ('predict', 'review', 'admin') # Of users; each may do what those before it may
 PAGES = {'docs': ('/docs', '/openapi.json', '/static-docs'), 'metrics': ('/metrics',), 'version': ('/version',), 'categories': ('/categories',)}

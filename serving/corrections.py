@@ -1,5 +1,5 @@
 "What reviewers said, for those who learn from it."
-from rakuten_mm.feedback import Correction
+from rakuten_mm.data.feedback import Correction
 from serving.config import ServeConfig, kept_images
 from serving.store import Store
 

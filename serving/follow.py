@@ -6,8 +6,8 @@ import os
 import time
 from pathlib import Path
 
-from rakuten_mm.config import artifacts_dir
-from rakuten_mm.seal import BundleError, open_bundle, verify, write_atomic
+from rakuten_mm.core.config import artifacts_dir
+from rakuten_mm.core.files import BundleError, open_bundle, verify, write_atomic
 from serving import metrics
 from serving.config import ServeConfig
 from serving.engine import Engine
@@ -33,7 +33,7 @@ def resolve(model:str)->tuple[Path, str]:
     "A verified bundle and its version's name; raises `FileNotFoundError` or `BundleError`, or whatever MLflow does."
     for k,v in dict(MLFLOW_HTTP_REQUEST_MAX_RETRIES='1', MLFLOW_HTTP_REQUEST_TIMEOUT='10').items(): os.environ.setdefault(k, v)
     if not model.startswith('models:/'): return open_bundle(model)
-    from rakuten_mm.tracking import resolve_model  # MLflow takes seconds to import; a folder does without
+    from rakuten_mm.core.tracking import resolve_model  # MLflow takes seconds to import; a folder does without
     return resolve_model(model)
 
 
@@ -53,7 +53,7 @@ def named(model:str)->str:
     "What a name stands for now, by a look at the registry only; raises `LookupError`, or whatever MLflow does."
     name,_,alias = model.removeprefix('models:/').partition('@')
     if not alias: return name
-    from rakuten_mm.tracking import alias_version
+    from rakuten_mm.core.tracking import alias_version
     version = alias_version(alias)
     if version is None: raise LookupError(f'{model} points nowhere')
     return f'{name}/{version}'

@@ -6,7 +6,7 @@ from fastapi import Request
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
-from rakuten_mm.image import decode_image
+from rakuten_mm.data.image import decode_image
 from serving.errors import Refused, of_validation
 from serving.schema import MAX_TEXT, PredictRequest
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from rakuten_mm.config import n_threads
-from rakuten_mm.explanation import explain
-from rakuten_mm.image import InvalidImage
-from rakuten_mm.predictor import Prediction, Predictor, Prepared
-from rakuten_mm.seal import read_golden
-from rakuten_mm.traffic import listing_facts, observe
+from rakuten_mm.core.config import n_threads
+from rakuten_mm.core.files import read_golden
+from rakuten_mm.data.image import InvalidImage
+from rakuten_mm.models.explanation import explain
+from rakuten_mm.models.predictor import Prediction, Predictor, Prepared
+from rakuten_mm.monitoring.observations import listing_facts, observe
 from serving.worker import Problem
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from rakuten_mm.image import MAX_BYTES
+from rakuten_mm.data.image import MAX_BYTES
 
 MAX_TEXT = 20_000 # characters of a title or a description; models read far less
 MAX_BODY = MAX_BYTES*4//3 + 500_000 # bytes of a request: one picture in base64, two texts

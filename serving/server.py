@@ -11,8 +11,8 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
-from rakuten_mm.config import load_environment
-from rakuten_mm.seal import BundleError
+from rakuten_mm.core.config import load_environment
+from rakuten_mm.core.files import BundleError
 from serving import app as pages
 from serving import docs, errors, follow
 from serving.auth import Access, MissingPassword

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-from rakuten_mm.seal import write_atomic
+from rakuten_mm.core.files import write_atomic
 
 log = logging.getLogger('rakuten_mm.store')
 now = lambda: datetime.now(UTC)

@@ -20,7 +20,7 @@ import litserve as ls
 from litserve.loops.base import LitLoop
 from litserve.transport.base import MessageTransport
 
-from rakuten_mm.config import n_threads
+from rakuten_mm.core.config import n_threads
 
 
 def settle():

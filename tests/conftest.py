@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from rakuten_mm.config import load_environment, preset
+from rakuten_mm.core.config import load_environment, preset
 
 ROOT = Path(__file__).parents[1]
 USER,PASSWORD = 'anna', 'pässword: ü'
@@ -67,14 +67,14 @@ def restored_environment():
 @pytest.fixture(scope='session')
 def raw(environment, tmp_path_factory):
     "A synthetic delivery; read only, as all that is made once."
-    from rakuten_mm.synthetic import synthesize
+    from rakuten_mm.synthetic.catalogue import synthesize
     return made_once(tmp_path_factory, 'delivery', lambda d: synthesize(d/'raw', 500, 40, progress=False))
 
 
 @pytest.fixture(scope='session')
 def data_dir(raw, tmp_path_factory):
     "The delivery, ingested."
-    from rakuten_mm.ingestion import ingest
+    from rakuten_mm.data.ingestion import ingest
     def make(folder): ingest(raw, folder/'data', progress=False); return folder/'data'
     return made_once(tmp_path_factory, 'dataset', make)
 
@@ -82,8 +82,8 @@ def data_dir(raw, tmp_path_factory):
 @pytest.fixture(scope='session')
 def bundle(data_dir, tmp_path_factory):
     "A small fused model."
-    from rakuten_mm.dataset import Dataset
-    from rakuten_mm.training import export, fit
+    from rakuten_mm.data.dataset import Dataset
+    from rakuten_mm.training.export import export, fit
     def make(out): data = Dataset.open(data_dir); return export(fit(data, preset('smoke'), out, progress=False), data, out)
     return made_once(tmp_path_factory, 'training', make)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rakuten_mm.audit import audit_labels, audit_scores, read_oof, suspected_pairs, suspects_figure, write_audit
-from rakuten_mm.ingestion import ingest
-from rakuten_mm.synthetic import synthesize
+from rakuten_mm.data.ingestion import ingest
+from rakuten_mm.evaluation.label_audit import audit_labels, audit_scores, read_oof, suspected_pairs, suspects_figure, write_audit
+from rakuten_mm.synthetic.catalogue import synthesize
 from zenml_pipelines.run_notebook import NotebookError, run_notebook
 
 

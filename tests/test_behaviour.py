@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from rakuten_mm.config import preset
-from rakuten_mm.dataset import Dataset
-from rakuten_mm.ingestion import ingest
-from rakuten_mm.predictor import Predictor
-from rakuten_mm.schema import image_name
-from rakuten_mm.training import evaluate, export, fit, fit_references
+from rakuten_mm.core.config import preset
+from rakuten_mm.data.dataset import Dataset
+from rakuten_mm.data.ingestion import ingest
+from rakuten_mm.data.schema import image_name
+from rakuten_mm.models.predictor import Predictor
+from rakuten_mm.training.export import evaluate, export, fit, fit_references
 
 
 @pytest.fixture(scope='module')
@@ -44,7 +44,7 @@ def test_codes_come_from_the_data(other_catalogue, tmp_path):
 
 def test_fusing_helps(tmp_path):
     "On the synthetic catalogue neither part decides alone."
-    from rakuten_mm.synthetic import synthesize
+    from rakuten_mm.synthetic.catalogue import synthesize
     data = ingest(synthesize(tmp_path/'raw', 1500, 10, progress=False), tmp_path/'data', progress=False)
     cfg = preset('smoke')
     bundle = export(fit(data, cfg, tmp_path/'run', progress=False), data, tmp_path/'run')
@@ -70,7 +70,7 @@ def test_ids_are_not_features(data_dir, bundle):
 
 
 def test_help_does_not_wait_for_torch():
-    code = ("import sys\nfrom rakuten_mm.cli import cli\ncli(['--help'], standalone_mode=False)\n"
+    code = ("import sys\nfrom rakuten_mm.cli.main import cli\ncli(['--help'], standalone_mode=False)\n"
             "print([m for m in ('torch', 'pandas', 'mlflow') if m in sys.modules])")
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.rstrip().endswith('[]')
 

@@ -27,8 +27,8 @@ from conftest import ROOT
 from serve_once import free_port
 from try_compose import COMPOSE, read_compose
 
-from rakuten_mm.fetch import STATE, WHOLE
-from rakuten_mm.ingestion import ingest
+from rakuten_mm.data.ingestion import ingest
+from rakuten_mm.sources.fetch import STATE, WHOLE
 from serving.config import ServeConfig
 
 DEPLOY = ROOT/'deploy'
@@ -201,7 +201,7 @@ def uses_the_login(env, tmp_path):
     "The library and the registered stack work with a server that asks who is there, and say no password."
     code = """if 1:
         import runpy, sys
-        from rakuten_mm.tracking import alias_version, mlflow_client, tracked_run
+        from rakuten_mm.core.tracking import alias_version, mlflow_client, tracked_run
         with tracked_run(name='x') as run: mlflow_client().log_text(run, 'hello', 'a.txt')
         assert mlflow_client().get_run(run).info.artifact_uri.startswith('mlflow-artifacts:') and alias_version('champion') is None
         runpy.run_path('scripts/setup_stack.py', run_name='__main__')"""
@@ -364,7 +364,7 @@ def test_half_a_delivery_is_not_ingested(raw, tmp_path):
     code = f"""if 1:
         import os, sys
         from pathlib import Path
-        from rakuten_mm.fetch import fetch
+        from rakuten_mm.sources.fetch import fetch
         replace,left = Path.replace, [int(sys.argv[1])]
         def counted(self, target):
             left[0] -= 1

@@ -14,12 +14,12 @@ from bench_drift import dark, listings, serve, stability, train
 from conftest import ROOT
 from test_pipelines import last_run, run
 
-from rakuten_mm.config import artifacts_dir, preset, single_modality
-from rakuten_mm.dataset import Dataset
-from rakuten_mm.drift import CAUSES, detect
-from rakuten_mm.predictor import Predictor
-from rakuten_mm.tracking import MODEL, mlflow_client, register_bundle, tracked_run
-from rakuten_mm.traffic import FACTS, of_dataset, of_served
+from rakuten_mm.core.config import artifacts_dir, preset, single_modality
+from rakuten_mm.core.tracking import MODEL, mlflow_client, register_bundle, tracked_run
+from rakuten_mm.data.dataset import Dataset
+from rakuten_mm.models.predictor import Predictor
+from rakuten_mm.monitoring.drift import CAUSES, detect
+from rakuten_mm.monitoring.observations import FACTS, of_dataset, of_served
 from serving.store import Store
 from zenml_pipelines.scheduler import request_path
 

@@ -4,13 +4,13 @@ import os
 import numpy as np
 import pytest
 
-from rakuten_mm.config import preset, single_modality
-from rakuten_mm.dataset import Dataset
-from rakuten_mm.evaluation import class_balance_figure, modality_states, shortcut_costs, slices, targets_of
-from rakuten_mm.metrics import class_report
-from rakuten_mm.model_card import class_sizes, model_facts, use_and_limits
-from rakuten_mm.predictor import Predictor
-from rakuten_mm.training import export, fit
+from rakuten_mm.core.config import preset, single_modality
+from rakuten_mm.data.dataset import Dataset
+from rakuten_mm.evaluation.model_card import class_sizes, model_facts, use_and_limits
+from rakuten_mm.evaluation.robustness import class_balance_figure, modality_states, shortcut_costs, slices, targets_of
+from rakuten_mm.models.predictor import Predictor
+from rakuten_mm.stats.metrics import class_report
+from rakuten_mm.training.export import export, fit
 
 CHANGES = ['f1_weighted_change', 'f1_macro_change', 'accuracy_change']
 

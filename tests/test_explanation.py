@@ -9,10 +9,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from rakuten_mm.dataset import Dataset
-from rakuten_mm.explanation import FIELDS, N_CHUNKS, cut, explain, explanation_figure, words_html
-from rakuten_mm.image import load_square
-from rakuten_mm.predictor import Predictor, Prepared
+from rakuten_mm.data.dataset import Dataset
+from rakuten_mm.data.image import load_square
+from rakuten_mm.models.explanation import FIELDS, N_CHUNKS, cut, explain, explanation_figure, words_html
+from rakuten_mm.models.predictor import Predictor, Prepared
 
 
 class Tfidf:

@@ -14,8 +14,8 @@ import zipfile
 
 import pytest
 
-from rakuten_mm.archive import STAGE, ArchiveError, Limits, unpack
-from rakuten_mm.fetch import FLAGS, FetchError, fetch
+from rakuten_mm.sources.archive import STAGE, ArchiveError, Limits, unpack
+from rakuten_mm.sources.fetch import FLAGS, FetchError, fetch
 
 PASSWORD = 'Xq7-geheim-42'
 needs_rclone = pytest.mark.skipif(not shutil.which('rclone'), reason='rclone is not installed')
@@ -247,7 +247,7 @@ def test_f36_cut_in_the_middle(partner, tmp_path):
 def test_f36_a_line_that_stays_down(partner, tmp_path, capfd, monkeypatch):
     folder,line = partner
     line.limit,line.pause_s = 300_000, 3600  # less than a picture: whichever connections rclone opens, none brings one
-    monkeypatch.setattr('rakuten_mm.fetch.FLAGS', [*FLAGS, '--low-level-retries', '2'])  # rclone takes the last; ten would wait for minutes
+    monkeypatch.setattr('rakuten_mm.sources.fetch.FLAGS', [*FLAGS, '--low-level-retries', '2'])  # rclone takes the last; ten would wait for minutes
     t0 = time.monotonic()
     with pytest.raises(FetchError, match='tried 2 times'): fetch('partner:', tmp_path/'raw', retries=2, timeout_s=2)
     assert time.monotonic()-t0 < 30 and line.cut
@@ -333,7 +333,7 @@ def test_f36_a_killed_fetch(partner, tmp_path):
     folder,line = partner
     (folder/'images'/'big.jpg').write_bytes(os.urandom(40_000_000)); sums(folder)
     raw = tmp_path/'raw'
-    code = f"from rakuten_mm.fetch import fetch; fetch('partner:', {str(raw)!r}, progress=False)"
+    code = f"from rakuten_mm.sources.fetch import fetch; fetch('partner:', {str(raw)!r}, progress=False)"
     env = os.environ | dict(RCLONE_BWLIMIT='2M')
     p = subprocess.Popen([sys.executable, '-c', code], env=env)
     while line.served < 4_000_000: assert p.poll() is None; time.sleep(.05)

@@ -16,17 +16,17 @@ from bench_ingestion import fingerprint, group_quality
 from click.testing import CliRunner
 from PIL import Image
 
-from rakuten_mm.canary import LeakError, leak_report, tabular_features
-from rakuten_mm.cli import cli
-from rakuten_mm.dataset import Dataset, versions
-from rakuten_mm.diff import diff, write_csv
-from rakuten_mm.image import InvalidImage, decode_image
-from rakuten_mm.ingestion import DataBusyError, ingest
-from rakuten_mm.schema import RawDataError, image_name
-from rakuten_mm.synthetic import synthesize
+from rakuten_mm.cli.main import cli
+from rakuten_mm.data.dataset import Dataset, versions
+from rakuten_mm.data.diff import diff, write_csv
+from rakuten_mm.data.image import InvalidImage, decode_image
+from rakuten_mm.data.ingestion import DataBusyError, ingest
+from rakuten_mm.data.leakage import LeakError, leak_report, tabular_features
+from rakuten_mm.data.schema import RawDataError, image_name
+from rakuten_mm.synthetic.catalogue import synthesize
 
 N = 300
-INGEST = 'import sys\nfrom rakuten_mm.ingestion import ingest\ningest(sys.argv[1], sys.argv[2], progress=False)'
+INGEST = 'import sys\nfrom rakuten_mm.data.ingestion import ingest\ningest(sys.argv[1], sys.argv[2], progress=False)'
 
 
 @pytest.fixture(scope='module')
@@ -94,7 +94,7 @@ def test_f33_kept_facts_are_used(raw, tmp_path, monkeypatch):
     "What was found out before a kill is not found out again."
     ingest(raw, tmp_path/'data', progress=False)
     shutil.rmtree(tmp_path/'data'/'versions'); (tmp_path/'data'/'CURRENT').unlink()
-    from rakuten_mm import facts
+    from rakuten_mm.data import features as facts
     monkeypatch.setattr(facts, 'check_picture', lambda *a: pytest.fail('a picture was decoded again'))
     monkeypatch.setattr(facts, 'text_facts', lambda *a: pytest.fail('a text was cleaned again'))
     assert len(ingest(raw, tmp_path/'data', progress=False).products) == N
@@ -250,7 +250,7 @@ def test_f39_unreadable_pictures(copy, tmp_path):
 
 def test_f39_a_reduced_decode_misses_nothing(copy):
     "The check decodes small and grey; a file cut anywhere is noticed exactly when a full decode notices."
-    from rakuten_mm.facts import check_picture
+    from rakuten_mm.data.features import check_picture
     whole,path = picture(copy, 0).read_bytes(), picture(copy, 0)
     for cut in np.linspace(1, len(whole)-1, 40).astype(int):
         path.write_bytes(whole[:cut])
@@ -263,10 +263,10 @@ def test_f39_a_picture_lost_later(raw, tmp_path):
     "The store loses a picture after ingestion: training warns and goes on without it, whichever way pictures are read."
     from dataclasses import replace
 
-    from rakuten_mm.batches import ProductDataset
-    from rakuten_mm.config import preset
-    from rakuten_mm.datamodule import ProductDataModule
-    from rakuten_mm.network import build_network
+    from rakuten_mm.core.config import preset
+    from rakuten_mm.models.inputs import ProductDataset
+    from rakuten_mm.models.network import build_network
+    from rakuten_mm.training.datamodule import ProductDataModule
     data = ingest(raw, tmp_path/'data', progress=False)
     df = data.products[data.products.split == 'train']
     (data.images_dir/df.image.iloc[0]).write_bytes(b'gone')

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from conftest import PASSWORD, ROOT, USER, running_server
 
-from rakuten_mm.dataset import Dataset
-from rakuten_mm.tracking import EXPERIMENT, alias_version, mlflow_client, register_bundle, tracked_run
+from rakuten_mm.core.tracking import EXPERIMENT, alias_version, mlflow_client, register_bundle, tracked_run
+from rakuten_mm.data.dataset import Dataset
 
 
 @pytest.fixture(autouse=True)

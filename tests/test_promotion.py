@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from rakuten_mm import promotion
-from rakuten_mm.bundle import load_bundle, save_bundle
-from rakuten_mm.cli import cli
-from rakuten_mm.dataset import Dataset
-from rakuten_mm.gate import GateConfig
-from rakuten_mm.promotion import compare, promote
-from rakuten_mm.registry import ChampionMoved, history, move_champion
-from rakuten_mm.seal import seal
-from rakuten_mm.tracking import alias_version, mlflow_client, register_bundle, tracked_run
+from rakuten_mm.cli.main import cli
+from rakuten_mm.core.files import seal
+from rakuten_mm.core.tracking import alias_version, mlflow_client, register_bundle, tracked_run
+from rakuten_mm.data.dataset import Dataset
+from rakuten_mm.models.bundle import load_bundle, save_bundle
+from rakuten_mm.registry import promotion
+from rakuten_mm.registry.champion import ChampionMoved, history, move_champion
+from rakuten_mm.registry.gate import GateConfig
+from rakuten_mm.registry.promotion import compare, promote
 
 QUICK = GateConfig(draws=300)
 

@@ -12,17 +12,17 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT, running_server
 
-from rakuten_mm.cli import cli
-from rakuten_mm.config import preset
-from rakuten_mm.dataset import Dataset
-from rakuten_mm.feedback import text_hash
-from rakuten_mm.ingestion import ingest
-from rakuten_mm.registry import history, move_champion
-from rakuten_mm.seal import sha256_file
-from rakuten_mm.split import SERVED
-from rakuten_mm.synthetic import synthesize
-from rakuten_mm.tracking import alias_version, mlflow_client, register_bundle, resolve_model, tracked_run
-from rakuten_mm.training import export, fit
+from rakuten_mm.cli.main import cli
+from rakuten_mm.core.config import preset
+from rakuten_mm.core.files import sha256_file
+from rakuten_mm.core.tracking import alias_version, mlflow_client, register_bundle, resolve_model, tracked_run
+from rakuten_mm.data.dataset import Dataset
+from rakuten_mm.data.feedback import text_hash
+from rakuten_mm.data.ingestion import ingest
+from rakuten_mm.data.splits import SERVED
+from rakuten_mm.registry.champion import history, move_champion
+from rakuten_mm.synthetic.catalogue import synthesize
+from rakuten_mm.training.export import export, fit
 from serving.config import kept_images
 from serving.store import Store
 

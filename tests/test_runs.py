@@ -7,10 +7,10 @@ from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from rakuten_mm.embedding import EmbeddingStore
-from rakuten_mm.ingestion import ingest
-from rakuten_mm.synthetic import synthesize
-from rakuten_mm.tracking import mlflow_client, tracked_run
+from rakuten_mm.core.tracking import mlflow_client, tracked_run
+from rakuten_mm.data.ingestion import ingest
+from rakuten_mm.models.embeddings import EmbeddingStore
+from rakuten_mm.synthetic.catalogue import synthesize
 from zenml_pipelines import run_notebook as rn
 from zenml_pipelines.run_notebook import NotebookError, run_notebook
 

@@ -8,11 +8,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from rakuten_mm import runtime as rt
-from rakuten_mm.config import n_threads
-from rakuten_mm.encoders import hf_encoder, image_encoder
-from rakuten_mm.graphs import OPSET, buckets, export_onnx
-from rakuten_mm.pictures import make_picture
+from rakuten_mm.core.config import n_threads
+from rakuten_mm.models import runtime as rt
+from rakuten_mm.models.encoders import hf_encoder, image_encoder
+from rakuten_mm.models.onnx_export import OPSET, buckets, export_onnx
+from rakuten_mm.synthetic.images import make_picture
 
 SIZE = 64
 WORDS = 'piscine livre de poche ronde jeu pour enfant rare neuf'.split()

@@ -16,12 +16,12 @@ from click.testing import CliRunner
 from conftest import ROOT
 from filelock import FileLock
 
-from rakuten_mm.cli import cli
-from rakuten_mm.config import artifacts_dir
-from rakuten_mm.fetch import STATE, WHOLE
-from rakuten_mm.process import card_of, ended
-from rakuten_mm.synthetic import synthesize
-from rakuten_mm.tracking import mlflow_client, tracked_run
+from rakuten_mm.cli.main import cli
+from rakuten_mm.core.config import artifacts_dir
+from rakuten_mm.core.process import card_of, ended
+from rakuten_mm.core.tracking import mlflow_client, tracked_run
+from rakuten_mm.sources.fetch import STATE, WHOLE
+from rakuten_mm.synthetic.catalogue import synthesize
 from zenml_pipelines.history import History, Run, scheduler_dir
 from zenml_pipelines.runner import Runner, take
 from zenml_pipelines.schedule import native_schedules, read_schedule
@@ -331,7 +331,7 @@ import sys, logging
 from zenml_pipelines.runner import Runner
 from zenml_pipelines.schedule import read_schedule
 from zenml_pipelines.scheduler import Scheduler
-from rakuten_mm.operations import stop_on_signal
+from rakuten_mm.cli.operations import stop_on_signal
 logging.basicConfig(stream=sys.stdout, level=logging.INFO)
 s = read_schedule(sys.argv[1])
 it = Scheduler(s, Runner(s, lambda job: [sys.executable, '-c', sys.argv[2]], clean_up=lambda: None), lambda: True, tick_s=.1)

@@ -21,10 +21,10 @@ import pytest
 from conftest import PASSWORD, ROOT, USER, basic, running_server
 from PIL import Image
 
-from rakuten_mm.access_check import Prober
-from rakuten_mm.api_check import check_state
-from rakuten_mm.seal import seal
-from rakuten_mm.tracking import mlflow_client, register_bundle, tracked_run
+from rakuten_mm.core.files import seal
+from rakuten_mm.core.tracking import mlflow_client, register_bundle, tracked_run
+from rakuten_mm.monitoring.access_check import Prober
+from rakuten_mm.monitoring.api_check import check_state
 
 AUTH = {'Authorization': basic(USER, PASSWORD)}
 FAULTY = (sys.executable, str(ROOT/'tests'/'faulty_server.py'), '{model}', '{port}')

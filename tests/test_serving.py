@@ -17,10 +17,10 @@ from conftest import PASSWORD, ROOT, USER, basic, running_server
 from fastapi.testclient import TestClient
 from PIL import Image, features
 
-from rakuten_mm.access_check import APICheckError, Prober, check_credentials, check_roles
-from rakuten_mm.api_check import ask_golden, check_api, check_server
-from rakuten_mm.predictor import Predictor
-from rakuten_mm.seal import read_golden
+from rakuten_mm.core.files import read_golden
+from rakuten_mm.models.predictor import Predictor
+from rakuten_mm.monitoring.access_check import APICheckError, Prober, check_credentials, check_roles
+from rakuten_mm.monitoring.api_check import ask_golden, check_api, check_server
 from serving.config import ServeConfig
 from serving.schema import MAX_BATCH, MAX_BODY
 from serving.server import make_server

@@ -13,15 +13,15 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save_file
 
-from rakuten_mm import fitting
-from rakuten_mm.batches import ProductDataset
-from rakuten_mm.checkpoints import resume_from, run_key
-from rakuten_mm.classifier import encoder_groups
-from rakuten_mm.config import FitConfig, preset, single_modality
-from rakuten_mm.dataset import Dataset
-from rakuten_mm.fitting import answers, fit
-from rakuten_mm.predictor import Predictor, read_golden
-from rakuten_mm.training import export
+from rakuten_mm.core.config import FitConfig, preset, single_modality
+from rakuten_mm.data.dataset import Dataset
+from rakuten_mm.models.inputs import ProductDataset
+from rakuten_mm.models.predictor import Predictor, read_golden
+from rakuten_mm.training import fit as fitting
+from rakuten_mm.training.checkpoints import resume_from, run_key
+from rakuten_mm.training.export import export
+from rakuten_mm.training.fit import answers, fit
+from rakuten_mm.training.lightning_module import encoder_groups
 
 SMOKE = preset('smoke')
 
@@ -29,8 +29,8 @@ SMOKE = preset('smoke')
 def script(code, *args, timeout=120, **env):
     "A fresh interpreter, with the names that the scripts below use."
     head = ('import json, os, signal, sys, torch\nfrom dataclasses import replace\n'
-            'from rakuten_mm.config import TrainConfig, from_dict, load_environment, preset\nload_environment("no.env")\n'
-            'from rakuten_mm import fitting\nfrom rakuten_mm.dataset import Dataset\n')
+            'from rakuten_mm.core.config import TrainConfig, from_dict, load_environment, preset\nload_environment("no.env")\n'
+            'from rakuten_mm.training import fit as fitting\nfrom rakuten_mm.data.dataset import Dataset\n')
     return subprocess.run([sys.executable, '-c', head+code, *map(str, args)], env=os.environ | env, capture_output=True, text=True, timeout=timeout)
 
 
@@ -367,7 +367,7 @@ def test_f52_threads_do_not_matter(data, bundle, tmp_path):
 
 def test_f52_threads_are_explicit():
     "`OMP_NUM_THREADS` is not what decides; the cores that this process may use are, unless a number was asked for."
-    code = ('import os\nfrom rakuten_mm.config import n_threads\nprint(n_threads(), n_threads(3), len(os.sched_getaffinity(0)))\n'
+    code = ('import os\nfrom rakuten_mm.core.config import n_threads\nprint(n_threads(), n_threads(3), len(os.sched_getaffinity(0)))\n'
             'os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nprint(n_threads(), n_threads(3))')
     done = subprocess.run([sys.executable, '-c', code], env=os.environ | dict(OMP_NUM_THREADS='7'), capture_output=True, text=True, check=True)
     (auto,three,cores),(one,still) = ([int(n) for n in line.split()] for line in done.stdout.splitlines())

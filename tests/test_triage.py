@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from scipy import special
 
-from rakuten_mm.dataset import Dataset
-from rakuten_mm.promise import prove_threshold
-from rakuten_mm.reliability import bootstrap_scores, check_probs, ece
-from rakuten_mm.triage import Triage, class_lanes, fit_triage, resample_promise, temperature_threshold, triage_report
+from rakuten_mm.data.dataset import Dataset
+from rakuten_mm.stats.calibration import bootstrap_scores, check_probs, ece
+from rakuten_mm.stats.risk_control import prove_threshold
+from rakuten_mm.stats.triage import Triage, class_lanes, fit_triage, resample_promise, temperature_threshold, triage_report
 from zenml_pipelines.run_notebook import run_notebook
 
 

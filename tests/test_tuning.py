@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from rakuten_mm.config import FitConfig, preset, read_config
-from rakuten_mm.dataset import Dataset
-from rakuten_mm.tracking import EXPERIMENT, mlflow_client, tracked_run
-from rakuten_mm.tuning import search
+from rakuten_mm.core.config import FitConfig, preset, read_config
+from rakuten_mm.core.tracking import EXPERIMENT, mlflow_client, tracked_run
+from rakuten_mm.data.dataset import Dataset
+from rakuten_mm.training.tuning import search
 
 CFG = preset('smoke')
 
@@ -53,11 +53,11 @@ def test_goes_on_to_the_asked_number_as_nested_runs(data, whole, tmp_path):
 def test_a_killed_search_ends_in_the_same_trials(data, data_dir, whole, tmp_path):
     "kill -9 in the second trial: its number is given up, its values are tried again."
     code = f'''
-from rakuten_mm.config import load_environment, preset
+from rakuten_mm.core.config import load_environment, preset
 load_environment('no.env')
-from rakuten_mm import tuning
-from rakuten_mm.dataset import Dataset
-from rakuten_mm.tracking import tracked_run
+from rakuten_mm.training import tuning
+from rakuten_mm.data.dataset import Dataset
+from rakuten_mm.core.tracking import tracked_run
 ran, n = tuning.run_trial, [0]
 def hang(*args):
     n[0] += 1
@@ -111,7 +111,7 @@ def test_what_cannot_be_tuned(data, tmp_path):
 
 
 def test_command_line(data_dir, tmp_path):
-    from rakuten_mm.cli import cli
+    from rakuten_mm.cli.main import cli
     run = lambda *args: CliRunner().invoke(cli, [str(a) for a in args])
     r = run('tune', data_dir, '--out', tmp_path/'tune', '--preset', 'smoke', '--trials', 1, '--no-track')
     assert r.exit_code == 0 and '1 trials' in r.output, r.output

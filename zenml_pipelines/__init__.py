@@ -5,7 +5,7 @@ The pipelines are imported when asked for, because importing ZenML takes seconds
 from dataclasses import asdict
 from importlib import import_module
 
-from rakuten_mm.config import load_environment
+from rakuten_mm.core.config import load_environment
 
 load_environment()
 
@@ -14,6 +14,6 @@ PIPELINES = ('ingestion', 'training', 'retraining', 'drift', 'api_check')
 
 def __getattr__(name):
     if name not in PIPELINES: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from rakuten_mm.process import card_of
+    from rakuten_mm.core.process import card_of
     # Whose process a run is, from its first moment on: `rakuten-mm runs abandon` looks for those that are gone.
     return getattr(import_module(f'{__name__}.pipelines.{name}'), name).with_options(extra=dict(process=asdict(card_of())))

@@ -5,7 +5,7 @@ Runs of other machines, and runs that name no process, are listed and left alone
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from rakuten_mm.process import ProcessCard, from_tags, is_gone
+from rakuten_mm.core.process import ProcessCard, from_tags, is_gone
 from zenml_pipelines.history import History
 
 WHY = 'its process is gone'
@@ -72,7 +72,7 @@ def end_zenml(found:LeftBehind, names:set[str], dry_run:bool, gone_hosts:tuple[s
 
 def running_mlflow()->Iterator:
     "All runs that MLflow believes to be at work."
-    from rakuten_mm.tracking import EXPERIMENT, mlflow_client
+    from rakuten_mm.core.tracking import EXPERIMENT, mlflow_client
     client,token = mlflow_client(), None
     where = [client.get_experiment_by_name(EXPERIMENT).experiment_id]
     while True:
@@ -83,7 +83,7 @@ def running_mlflow()->Iterator:
 
 def end_mlflow(found:LeftBehind, names:set[str], dry_run:bool, gone_hosts:tuple[str, ...]):
     "Runs in MLflow, those of a pipeline run that was killed before it could leave its card too."
-    from rakuten_mm.tracking import mlflow_client
+    from rakuten_mm.core.tracking import mlflow_client
     for run in list(running_mlflow()):
         card = from_tags(run.data.tags)
         gone = is_gone(card, gone_hosts) if card else (run.info.run_name in names or None)

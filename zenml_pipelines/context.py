@@ -6,8 +6,8 @@ from typing import NamedTuple
 import mlflow
 from zenml import get_step_context
 
-from rakuten_mm.config import artifacts_dir
-from rakuten_mm.process import card_of
+from rakuten_mm.core.config import artifacts_dir
+from rakuten_mm.core.process import card_of
 
 
 class StepRun(NamedTuple):

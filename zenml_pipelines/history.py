@@ -14,8 +14,8 @@ from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from uuid import uuid4
 
-from rakuten_mm.config import artifacts_dir
-from rakuten_mm.process import ProcessCard, card_of, is_gone
+from rakuten_mm.core.config import artifacts_dir
+from rakuten_mm.core.process import ProcessCard, card_of, is_gone
 
 log = logging.getLogger('rakuten_mm.history')
 OUTCOMES = ('running', 'ok', 'failed', 'timed out', 'stopped', 'refused', 'abandoned')

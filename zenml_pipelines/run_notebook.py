@@ -46,7 +46,7 @@ def keep(
     html,_ = HTMLExporter(preprocessors=[CoalesceStreamsPreprocessor(enabled=True)], exclude_input=True, exclude_output_prompt=True).from_filename(str(nb))
     nb.with_suffix('.html').write_text(html.replace('</head>', f'{STYLE}</head>', 1), encoding='utf-8')
     if run_id:
-        from rakuten_mm.tracking import mlflow_client
+        from rakuten_mm.core.tracking import mlflow_client
         for p in (nb, nb.with_suffix('.html')): mlflow_client().log_artifact(run_id, str(p), 'notebooks')
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from rakuten_mm.process import card_of, end_tree
+from rakuten_mm.core.process import card_of, end_tree
 from zenml_pipelines.history import History, Run, scheduler_dir
 from zenml_pipelines.schedule import Job, Schedule
 

@@ -62,7 +62,7 @@ class Job(BaseModel):
 
     def delivered(self)->bool:
         "Whether the raw folder of its configuration holds a whole delivery, or it fetches one itself."
-        from rakuten_mm.fetch import STATE, WHOLE
+        from rakuten_mm.sources.fetch import STATE, WHOLE
         params = (yaml.safe_load(self.config.read_text()) or {}).get('parameters') or {}
         raw = Path(params.get('raw_dir') or '.')
         return bool(params.get('remote')) or any(raw.glob('X_train*.csv')) and (not (raw/STATE).is_dir() or (raw/WHOLE).exists())

@@ -15,16 +15,16 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rakuten_mm.config import artifacts_dir
-from rakuten_mm.process import end_tree
-from rakuten_mm.seal import write_atomic
+from rakuten_mm.core.config import artifacts_dir
+from rakuten_mm.core.files import write_atomic
+from rakuten_mm.core.process import end_tree
 from zenml_pipelines.history import Run, scheduler_dir
 from zenml_pipelines.runner import Runner, call
 from zenml_pipelines.schedule import Job, Schedule
 
 log = logging.getLogger('rakuten_mm.scheduler')
 BEAT_S,LATE_S = 10, 120 # Between two heartbeats, and age at which the scheduler counts as dead
-CHAMPION = "from rakuten_mm.tracking import alias_version; raise SystemExit(0 if alias_version('champion') else 3)"
+CHAMPION = "from rakuten_mm.core.tracking import alias_version; raise SystemExit(0 if alias_version('champion') else 3)"
 
 
 class Scheduler:

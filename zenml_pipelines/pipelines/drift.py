@@ -11,7 +11,7 @@ def drift(
     days:float=7., # How far to look back
     min_predictions:int=300, # Served listings below which nothing is said
     max_reference:int=5_000, # Held-out listings to compare with, at most
-    levels:dict|None=None, # Alarm levels that differ from `rakuten_mm.drift.Levels`
+    levels:dict|None=None, # Alarm levels that differ from `rakuten_mm.monitoring.drift.Levels`
     retrain:bool=False, # Ask the scheduler for a training when the content moved
     again_days:float=7., # Not again for the same champion before so many days
 ):

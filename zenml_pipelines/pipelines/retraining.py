@@ -16,10 +16,10 @@ def retraining(
     data_dir:str='artifacts/quickstart/data', # Dataset
     artifacts_dir:str='artifacts', # Everything is written below
     remote:str='', # rclone remote or folder to fetch into raw_dir first; empty fetches nothing
-    preset:str='cpu', # Named configuration of rakuten_mm.config
+    preset:str='cpu', # Named configuration of rakuten_mm.core.config
     seed:int=42,
     max_quarantine:float=.05, # Largest share of a delivery's records that may be refused
-    gate:dict|None=None, # Overrides of rakuten_mm.gate.GateConfig
+    gate:dict|None=None, # Overrides of rakuten_mm.registry.gate.GateConfig
 ):
     "Fetch, ingest, take corrections in; if that is news: train from where the champion stands, evaluate, and promote through the gate."
     fetch(remote=remote, raw_dir=raw_dir)

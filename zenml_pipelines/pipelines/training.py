@@ -10,7 +10,7 @@ from zenml_pipelines.steps.train import train
 def training(
     data_dir:str='artifacts/quickstart/data', # Dataset, from the ingestion
     artifacts_dir:str='artifacts', # Everything is written below
-    preset:str='cpu', # Named configuration of rakuten_mm.config
+    preset:str='cpu', # Named configuration of rakuten_mm.core.config
     seed:int=42,
 ):
     "Train, evaluate on the test split, promote if better."

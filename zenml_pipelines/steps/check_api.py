@@ -15,7 +15,7 @@ def check_api(
     open_pages:str, # As API_OPEN_PAGES of the server; empty: as here
 )->Annotated[dict, 'checks']:
     "Credentials, pages, roles, version, golden products, latency and figures; raises `APICheckError` if anything is wrong, after the report is written."
-    from rakuten_mm.access_check import APICheckError
+    from rakuten_mm.monitoring.access_check import APICheckError
     run = step_run()
     result = run_notebook('api_check', run.out_dir, run.run_id, url=url, max_p95_ms=max_p95_ms, wait_s=wait_s, open_pages=open_pages)
     wrong = result['failures']

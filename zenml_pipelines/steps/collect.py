@@ -18,8 +18,8 @@ def collect(
     "All corrections so far, as a delivery in `raw_dir` (empty if there is nothing to learn), and in `table` for what they bought."
     from pathlib import Path
 
-    from rakuten_mm.dataset import Dataset
-    from rakuten_mm.feedback import judged, write_delivery
+    from rakuten_mm.data.dataset import Dataset
+    from rakuten_mm.data.feedback import judged, write_delivery
     from serving.corrections import read_corrections
     run = step_run(artifacts_dir)
     said = read_corrections()

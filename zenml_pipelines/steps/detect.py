@@ -19,14 +19,14 @@ def detect(
     days:float, # How far to look back
     min_predictions:int, # Served listings below which nothing is said
     max_reference:int, # Held-out listings to compare with, at most
-    levels:dict, # Alarm levels that differ from `rakuten_mm.drift.Levels`
+    levels:dict, # Alarm levels that differ from `rakuten_mm.monitoring.drift.Levels`
     retrain:bool, # Ask for a training when the content moved
     again_days:float, # Not again for the same champion before so many days
 )->Annotated[dict, 'drift']:
     "What moved; with too little traffic it says so and ends."
-    from rakuten_mm.config import from_dict
-    from rakuten_mm.drift import Levels
-    from rakuten_mm.tracking import alias_version
+    from rakuten_mm.core.config import from_dict
+    from rakuten_mm.core.tracking import alias_version
+    from rakuten_mm.monitoring.drift import Levels
     from serving.lately import count_lately
     run = step_run(artifacts_dir)
     from_dict(Levels, levels)  # a wrong name fails before any work
@@ -49,8 +49,8 @@ def ask(
     again_days:float, # Not again before so many days
 ):
     "Leave a request for a training, unless one for the same champion was left lately."
-    from rakuten_mm.drift import request_retraining
-    from rakuten_mm.tracking import MODEL, mlflow_client
+    from rakuten_mm.core.tracking import MODEL, mlflow_client
+    from rakuten_mm.monitoring.drift import request_retraining
     client = mlflow_client()
     asked = float(client.get_model_version(MODEL, str(champion)).tags.get('drift.asked_at', 0))
     if time.time()-asked < 86_400*again_days: logger.info('a training was asked for already'); return

@@ -16,7 +16,7 @@ def fetch(
     raw_dir:str, # Receives the delivery
 )->Annotated[dict, 'fetched']:
     "What was transferred and unpacked; raises if the delivery is not whole."
-    from rakuten_mm.fetch import fetch as fetch_delivery
+    from rakuten_mm.sources.fetch import fetch as fetch_delivery
     step_run()
     if not remote:
         logger.info('nothing to fetch: no remote is given')

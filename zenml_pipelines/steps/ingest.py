@@ -5,7 +5,7 @@ from typing import Annotated
 from zenml import step
 from zenml.logger import get_logger
 
-from rakuten_mm.dataset import Dataset
+from rakuten_mm.data.dataset import Dataset
 from zenml_pipelines.context import step_run
 from zenml_pipelines.run_notebook import run_notebook
 

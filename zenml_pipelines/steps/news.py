@@ -15,8 +15,8 @@ def news(
     artifacts_dir:str, # Everything is written below
 )->Annotated[bool, 'news']:
     "Whether the dataset has changed since the newest registered model was trained."
-    from rakuten_mm.dataset import Dataset
-    from rakuten_mm.registry import model_versions
+    from rakuten_mm.data.dataset import Dataset
+    from rakuten_mm.registry.champion import model_versions
     step_run(artifacts_dir)
     version,trained = Dataset.open(data_dir).manifest['version'], [v.tags.get('data_version') for v in model_versions()][-1:]
     if [version] == trained: logger.info('nothing new: the newest model was trained on data %s, which is the current version', version)

@@ -18,7 +18,7 @@ def promote(
     test_scores:dict, # From the evaluation, which must have succeeded
     train_dir:str='', # What the training step wrote
     corrections:str='', # Table of the collected corrections, for what they bought
-    gate:dict|None=None, # Overrides of rakuten_mm.gate.GateConfig
+    gate:dict|None=None, # Overrides of rakuten_mm.registry.gate.GateConfig
 )->Annotated[bool, 'promoted']:
     "Make the challenger champion if it passes the gate."
     run = step_run(artifacts_dir)

@@ -19,7 +19,7 @@ def train(
     go_on:bool=False, # From the champion's training, if there is one that fits; in a fraction of the time
 )->tuple[Annotated[str, 'train_dir'], Annotated[int, 'version']]:
     "A dataset becomes a registered challenger."
-    from rakuten_mm.tracking import alias_version, resolve_training
+    from rakuten_mm.core.tracking import alias_version, resolve_training
     run = step_run(artifacts_dir)
     champion = alias_version('champion') if go_on else None
     init = resolve_training(champion) if champion else None

@@ -1,0 +1,1 @@
+"What everything stands on: configuration, environment, files, processes, MLflow runs."

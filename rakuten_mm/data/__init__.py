@@ -1,0 +1,1 @@
+"A raw folder to an immutable dataset version."

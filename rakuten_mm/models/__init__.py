@@ -1,0 +1,1 @@
+"A listing to calibrated probabilities."

@@ -1,0 +1,1 @@
+"Is what is served still what it was made for?"

@@ -1,0 +1,1 @@
+"A challenger to the champion."

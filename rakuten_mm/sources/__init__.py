@@ -1,0 +1,1 @@
+"A partner's storage to a raw folder that is complete."

@@ -1,0 +1,1 @@
+"Arrays in, numbers out: scores, calibration, guarantees, two-sample tests. No files, no PyTorch."
