@@ -26,7 +26,7 @@ from rakuten_mm.data.dataset import Dataset
 from rakuten_mm.data.ingestion import ingest
 from rakuten_mm.models.predictor import Predictor
 from rakuten_mm.monitoring.drift import CAUSES, detect
-from rakuten_mm.monitoring.observations import SKETCH, Traffic, assemble, listing_facts, observe, reference
+from rakuten_mm.monitoring.observations import SKETCH, RequestLog, assemble, listing_facts, observe, training_reference
 from rakuten_mm.synthetic.catalogue import CODES, class_weights, make_plan, make_row, synthesize
 from rakuten_mm.synthetic.images import encode_picture
 from rakuten_mm.synthetic.texts import make_title
@@ -51,13 +51,13 @@ def train(
     seed:int,
     cfg:TrainConfig,
     size:int = 32, # Side of the pictures in pixels
-)->tuple[Predictor, Traffic]: # Champion, and its reference
+)->tuple[Predictor, RequestLog]: # Champion, and its reference
     "A model of the first listings of a catalogue."
     synthesize(folder/'raw', n, 0, seed, size, progress=False, total=total, workers=1)
     ingest(folder/'raw', folder/'data', progress=False)
     data = Dataset.open(folder/'data')
     model = Predictor.load(export(fit(data, cfg, folder/'fit', seed, progress=False), data, folder/'fit', seed))
-    return model, reference(model, data, progress=False)
+    return model, training_reference(model, data, progress=False)
 
 
 def listings(
@@ -78,7 +78,7 @@ def serve(
     model:Predictor,
     items, # From `listings`
     batch:int = 64,
-)->Traffic:
+)->RequestLog:
     "What the server would have recorded."
     facts,probs,sketches,lanes = [], [], [], []
     items = list(items)

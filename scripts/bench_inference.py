@@ -34,7 +34,7 @@ from rakuten_mm.data.text import clean_text
 from rakuten_mm.models.embeddings import ahead
 from rakuten_mm.models.encoders import HFEncoder, ImageEncoder, hf_encoder, image_encoder
 from rakuten_mm.models.predictor import Predictor
-from rakuten_mm.models.runtime import NAMES, Session, differences, encode, fastest, runtime, timed
+from rakuten_mm.models.runtime import NAMES, OnnxRuntime, differences, encode, fastest, runtime, timed
 from rakuten_mm.synthetic.catalogue import synthesize
 from rakuten_mm.synthetic.images import make_picture
 from rakuten_mm.synthetic.lexicon import CLASSES
@@ -81,7 +81,7 @@ def image_part(spec:str, n:int, rounds:int)->dict:
 
 def spinning(graph:bytes, encoder:ImageEncoder, pixels:np.ndarray, rounds:int)->dict:
     "Speed of an ONNX graph whose idle threads spin, over that of one whose threads sleep, for batches and for single pictures."
-    one,few = {spin: Session.from_bytes(graph, spin=spin) for spin in (False, True)}, pixels[:8]
+    one,few = {spin: OnnxRuntime.from_bytes(graph, spin=spin) for spin in (False, True)}, pixels[:8]
     s = timed({(b, spin): partial(encode, run, encoder, pixels if b > 1 else few, b) for b in (BATCH, 1) for spin,run in one.items()}, rounds, .2)
     return dict(spin_gain=s[BATCH, False]/s[BATCH, True], spin_gain_single=s[1, False]/s[1, True], image_single_ms=1e3*s[1, False]/len(few))
 
@@ -159,7 +159,7 @@ def bare_costs(model:Predictor, rows:list[tuple])->dict:
         return dict(text=torch.cat(vectors, 1), linear=net.linear(tokens))
 
     @torch.inference_mode()
-    def head(batch): return net.answer(batch).softmax(1).numpy()
+    def head(batch): return net.ensemble_logits(batch).softmax(1).numpy()
     batches = [read(t) | dict(image=torch.from_numpy(model.encode(p)), has_description=torch.tensor([d != '' for _,d in t])) |
                {k: torch.ones(len(t), dtype=torch.bool) for k in ('has_text', 'has_image')} for t,p in zip(texts, pixels, strict=True)]
     return dict(decode=decode, text=lambda: [read(t) for t in texts], image=lambda: [model.encode(p) for p in pixels],

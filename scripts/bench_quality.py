@@ -42,7 +42,7 @@ from rakuten_mm.models.inputs import ProductDataset
 from rakuten_mm.models.stacking import STATES
 from rakuten_mm.stats.calibration import ece
 from rakuten_mm.stats.triage import resample_promise
-from rakuten_mm.training.fit import answers, expert_logits, fit
+from rakuten_mm.training.fit import expert_logits, fit, out_of_fold_probs
 
 
 def say(*args): print(*args, file=sys.stderr, flush=True)
@@ -133,7 +133,7 @@ def ours(data:Dataset, cfg, codes:list[int], seed:int, out_dir:Path)->dict:
         f1[f'{s}_only'] = score(np.tensordot(net.stack.weights[STATES.index(s)].numpy(), logits, 1))
         f1[f'{s}_expert'] = max(experts[n] for n in (('linear', 'text') if s == 'text' else ('image',)) if n in experts)
     probs = np.zeros((len(test), len(codes)))
-    probs[:, [codes.index(c) for c in fitted.codes]] = answers(net, test)
+    probs[:, [codes.index(c) for c in fitted.codes]] = out_of_fold_probs(net, test)
     return dict(probs=probs, seconds=fitted.seconds, **f1)
 
 

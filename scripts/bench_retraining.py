@@ -238,7 +238,7 @@ def spoil_pictures(df:pd.DataFrame, rng)->pd.DataFrame:
 
 def overconfident(bundle:Path, dest:Path)->Path:
     "The same answers with logits three times as large, sealed with golden products of its own."
-    from rakuten_mm.core.files import seal
+    from rakuten_mm.core.files import write_manifest
     from rakuten_mm.models.bundle import load_bundle, save_bundle
     from rakuten_mm.models.predictor import read_golden
     net,config = load_bundle(bundle)
@@ -246,16 +246,16 @@ def overconfident(bundle:Path, dest:Path)->Path:
     triage = json.loads((bundle/'triage.json').read_text())
     graphs = {p.stem: p.read_bytes() for p in bundle.glob('*.onnx')}
     save_bundle(dest, net, config['codes'], {int(c): n for c,n in config['names'].items()}, config['info'], triage, graphs)
-    shutil.copytree(bundle/'golden', dest/'golden'); regolden(dest, read_golden(bundle)); seal(dest)
+    shutil.copytree(bundle/'golden', dest/'golden'); regolden(dest, read_golden(bundle)); write_manifest(dest)
     return dest
 
 
 def slow(bundle:Path, dest:Path)->Path:
     "The same weights without the exported graph: the network runs in PyTorch."
-    from rakuten_mm.core.files import seal
+    from rakuten_mm.core.files import write_manifest
     from rakuten_mm.models.predictor import read_golden
-    shutil.copytree(bundle, dest); (dest/'image.onnx').unlink(); seal(dest)
-    regolden(dest, read_golden(bundle)); seal(dest)
+    shutil.copytree(bundle, dest); (dest/'image.onnx').unlink(); write_manifest(dest)
+    regolden(dest, read_golden(bundle)); write_manifest(dest)
     return dest
 
 
@@ -263,9 +263,9 @@ def regolden(bundle:Path, golden:list[dict]):
     "Golden products answered by the spoilt bundle itself, so that only what is spoilt speaks against it."
     import base64
 
-    from rakuten_mm.core.files import seal
+    from rakuten_mm.core.files import write_manifest
     from rakuten_mm.models.predictor import Predictor
-    seal(bundle)
+    write_manifest(bundle)
     model = Predictor.load(bundle)
     for g in golden:
         p = model.predict([model.prepare(g['designation'], g['description'], base64.b64decode(g['image']) if g['image'] else None)])[0]
@@ -317,7 +317,7 @@ def bench_power(cfg, home:Path, n_train:int, n_pool:int, n_test:int, draws:int =
     from rakuten_mm.core.config import single_modality
     from rakuten_mm.data.ingestion import ingest
     from rakuten_mm.data.text import clean_text
-    from rakuten_mm.registry.gate import Answers, GateConfig, aligned, check_scores, paired_scores
+    from rakuten_mm.registry.gate import GateConfig, ModelOutputs, aligned, check_scores, paired_scores
     from rakuten_mm.synthetic.catalogue import make_plan, make_row, synthesize
     from rakuten_mm.training.export import fit
     total = n_train+n_pool
@@ -332,7 +332,7 @@ def bench_power(cfg, home:Path, n_train:int, n_pool:int, n_test:int, draws:int =
     def model(products, seed):
         f = fit(with_products(data, products), text, home/f'm{seed}', seed, progress=False)
         probs = in_memory(f).probs_of(rows, data.images_dir, home/'store', progress=False)
-        return Answers(str(seed), {c: str(c) for c in f.codes}, probs, np.zeros(len(rows), bool), 0.)
+        return ModelOutputs(str(seed), {c: str(c) for c in f.codes}, probs, np.zeros(len(rows), bool), 0.)
     answers = [model(p, s) for s,p in ((10, half), (11, half), (12, df))]
     codes = sorted({c for a in answers for c in a.codes})
     old,twin,best = (aligned(a, codes) for a in answers)

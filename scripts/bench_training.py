@@ -112,7 +112,7 @@ def timed_fit(artifacts:Path, **job)->dict:
 
 
 def split_delivery(raw_dir:Path, work:Path, share:float=.01, seed:int=0)->tuple[Path, Path]:
-    "The delivery as two, the second with `share` of the listings; pictures are linked, not copied."
+    "The delivery as two, the second with `mark_seen` of the listings; pictures are linked, not copied."
     x,y = (next(iter(raw_dir.glob(f'{c}_train*.csv')), None) for c in 'XY')
     if not (x and y): raise SystemExit(f"{raw_dir} holds no X_train*.csv and Y_train*.csv; --data takes a delivery in the challenge's format")
     listings,labels = (pd.read_csv(p, dtype=str, keep_default_na=False, index_col=0) for p in (x, y))

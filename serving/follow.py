@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from rakuten_mm.core.config import artifacts_dir
-from rakuten_mm.core.files import BundleError, open_bundle, verify, write_atomic
+from rakuten_mm.core.files import BundleError, open_bundle, verify_manifest, write_atomic
 from serving import metrics
 from serving.config import ServeConfig
 from serving.engine import Engine
@@ -45,7 +45,7 @@ def first(model:str)->tuple[Path, str, str]: # Bundle, version, and why the regi
         if not kept(model).exists():
             raise FileNotFoundError(f'the registry cannot be asked ({type(e).__name__}), and no model was served here before') from None
         last = json.loads(kept(model).read_text())
-        verify(last['bundle'])
+        verify_manifest(last['bundle'])
         return Path(last['bundle']), last['version'], f'the registry cannot be asked ({type(e).__name__}); serving the model of before'
 
 

@@ -171,7 +171,7 @@ class Store:
         until:datetime|None = None, # Not included; now if left out
         version:str = '', # Answers of this model only
         most:int = 50_000, # About so many; of more, a sample
-    )->list[dict]: # `SERVED` of each answer, oldest first
+    )->list[dict]: # `FEEDBACK_ID_BASE` of each answer, oldest first
         "What drift needs to know of a time: nothing that a listing could be read from."
         self.waiting.join()
         since,until = since.astimezone(UTC), (until or now()).astimezone(UTC)  # SQLite compares what the clocks show

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from rakuten_mm.cli.main import cli
-from rakuten_mm.core.files import seal
+from rakuten_mm.core.files import write_manifest
 from rakuten_mm.core.tracking import alias_version, mlflow_client, register_bundle, tracked_run
 from rakuten_mm.data.dataset import Dataset
 from rakuten_mm.models.bundle import load_bundle, save_bundle
@@ -35,7 +35,7 @@ def changed(bundle, dest:Path, config=lambda c: c, net=lambda n: n, golden=False
     n = net(n) or n; c = config(c)
     triage,graphs = json.loads((bundle/'triage.json').read_text()), {p.stem: p.read_bytes() for p in bundle.glob('*.onnx')}
     save_bundle(dest, n, c['codes'], {int(k): v for k,v in c['names'].items()}, c['info'], triage, graphs)
-    if golden: shutil.copytree(bundle/'golden', dest/'golden'); seal(dest)
+    if golden: shutil.copytree(bundle/'golden', dest/'golden'); write_manifest(dest)
     return dest
 
 

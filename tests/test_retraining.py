@@ -19,7 +19,7 @@ from rakuten_mm.core.tracking import alias_version, mlflow_client, register_bund
 from rakuten_mm.data.dataset import Dataset
 from rakuten_mm.data.feedback import text_hash
 from rakuten_mm.data.ingestion import ingest
-from rakuten_mm.data.splits import SERVED
+from rakuten_mm.data.splits import FEEDBACK_ID_BASE
 from rakuten_mm.registry.champion import history, move_champion
 from rakuten_mm.synthetic.catalogue import synthesize
 from rakuten_mm.training.export import export, fit
@@ -101,7 +101,7 @@ def test_a_month_of_the_loop(months):
         assert {'fetch', 'ingest', 'collect', 'ingest_corrections', 'news', 'train', 'evaluate', 'promote'} <= steps
         after = alias_version('champion')
         df = Dataset.open(home/'data').products.set_index('productid')
-        assert df.prdtypecode[product] == 2583 and (df.index >= SERVED).sum() == 1 and (df.split[df.index >= SERVED] == 'train').all()
+        assert df.prdtypecode[product] == 2583 and (df.index >= FEEDBACK_ID_BASE).sum() == 1 and (df.split[df.index >= FEEDBACK_ID_BASE] == 'train').all()
         # the category that came late is learnt, promoted, reported and served
         config = (resolve_model('models:/rakuten-mm@champion')[0]/'config.json').read_text()
         assert after != before and f'"{LATE}"' in config

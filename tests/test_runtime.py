@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from rakuten_mm.core.config import n_threads
 from rakuten_mm.models import runtime as rt
 from rakuten_mm.models.encoders import hf_encoder, image_encoder
-from rakuten_mm.models.onnx_export import OPSET, buckets, export_onnx
+from rakuten_mm.models.onnx_export import OPSET, export_onnx, length_buckets
 from rakuten_mm.synthetic.images import make_picture
 
 SIZE = 64
@@ -66,13 +66,13 @@ def test_f52_same_vectors_in_any_company(case, run):
 
 def test_f52_same_vectors_for_one_and_two_threads(case):
     encoder,items,graph = case
-    one,two = (rt.encode(rt.Session.from_bytes(graph, threads=n), encoder, items, 4) for n in (1, 2))
+    one,two = (rt.encode(rt.OnnxRuntime.from_bytes(graph, threads=n), encoder, items, 4) for n in (1, 2))
     assert rt.differences(one, two)[0] < 1e-4
     before = torch.get_num_threads()
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
-            assert rt.differences(one, rt.encode(rt.Eager(encoder), encoder, items, 4))[0] < 1e-4
+            assert rt.differences(one, rt.encode(rt.TorchRuntime(encoder), encoder, items, 4))[0] < 1e-4
     finally: torch.set_num_threads(before)
 
 
@@ -80,10 +80,10 @@ def test_f52_same_vectors_for_one_and_two_threads(case):
 def test_f52_threads_are_counted_by_what_the_process_may_use(graphs, monkeypatch):
     monkeypatch.setattr(os, 'cpu_count', lambda: 24)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {3})
-    o = rt.Session.from_bytes(graphs['text']).session.get_session_options()
+    o = rt.OnnxRuntime.from_bytes(graphs['text']).session.get_session_options()
     assert n_threads() == 1 == o.intra_op_num_threads == o.inter_op_num_threads
     assert o.get_session_config_entry('session.intra_op.allow_spinning') == '0'
-    assert rt.Session.from_bytes(graphs['text'], threads=5).session.get_session_options().intra_op_num_threads == 5
+    assert rt.OnnxRuntime.from_bytes(graphs['text'], threads=5).session.get_session_options().intra_op_num_threads == 5
 
 
 def test_graph_is_whole_and_open_where_it_should_be(graphs):
@@ -116,7 +116,7 @@ def test_choice_rejects_what_differs_and_survives_what_cannot_be_exported(text, 
 def test_choice_rejects_a_fast_runtime_that_is_wrong(text, monkeypatch):
     encoder,tokens = text
     wrong = lambda **arrays: np.full((len(arrays['input_ids']), encoder.dim), np.nan, np.float32)
-    monkeypatch.setattr(rt, 'candidates', lambda *a: ({'eager': rt.Eager(encoder), 'onnx': wrong}, {'onnx': b''}, {}))
+    monkeypatch.setattr(rt, 'candidates', lambda *a: ({'eager': rt.TorchRuntime(encoder), 'onnx': wrong}, {'onnx': b''}, {}))
     c = rt.fastest(encoder, tokens, rounds=1)
     assert c.name == 'eager' and 'differs by inf' in c.rejected['onnx'] and c.cosine['onnx'] == -1
 
@@ -124,7 +124,7 @@ def test_choice_rejects_a_fast_runtime_that_is_wrong(text, monkeypatch):
 def test_buckets_hold_each_text_once_and_waste_little():
     lengths = np.random.default_rng(0).integers(1, 128, 500)
     for kw in ({}, dict(batch_size=7), dict(batch_size=500, max_tokens=600), dict(batch_size=500, max_tokens=1)):
-        out = buckets(lengths, **kw)
+        out = length_buckets(lengths, **kw)
         assert sorted(np.concatenate(out)) == list(range(500))
         assert all(len(b) == 1 or len(b)*lengths[b].max() <= kw.get('max_tokens', 1e9) for b in out)
-    assert sum(len(b)*lengths[b].max() for b in buckets(lengths)) < 1.05*lengths.sum()
+    assert sum(len(b)*lengths[b].max() for b in length_buckets(lengths)) < 1.05*lengths.sum()

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from rakuten_mm.cli.main import cli
 from rakuten_mm.core.config import artifacts_dir
-from rakuten_mm.core.process import card_of, ended
+from rakuten_mm.core.process import ended, identity_of
 from rakuten_mm.core.tracking import mlflow_client, tracked_run
 from rakuten_mm.sources.fetch import STATE, WHOLE
 from rakuten_mm.synthetic.catalogue import synthesize
@@ -430,7 +430,7 @@ def test_locked_history(home, monkeypatch):
 def test_history_of_another_host(home):
     "Is for that host to say, or for whoever knows that it is gone."
     h = History()
-    for host in ('elsewhere', card_of().host): h.save(Run('x', 'x', 'x', pid=1, process_started=1., watcher=1, watcher_started=1., host=host, log='/nowhere'))
+    for host in ('elsewhere', identity_of().host): h.save(Run('x', 'x', 'x', pid=1, process_started=1., watcher=1, watcher_started=1., host=host, log='/nowhere'))
     done,unknown = h.settle()
     assert [r.outcome for r in done] == ['abandoned'] and [r.host for r in unknown] == ['elsewhere']
     assert [r.host for r in h.settle(('elsewhere',), dry=True)[0]] == ['elsewhere'] and h.settle()[1]

@@ -21,7 +21,7 @@ import pytest
 from conftest import PASSWORD, ROOT, USER, basic, running_server
 from PIL import Image
 
-from rakuten_mm.core.files import seal
+from rakuten_mm.core.files import write_manifest
 from rakuten_mm.core.tracking import mlflow_client, register_bundle, tracked_run
 from rakuten_mm.monitoring.access_check import Prober
 from rakuten_mm.monitoring.api_check import check_state
@@ -205,12 +205,12 @@ def broken(bundle, folder, how)->Path:
         case 'pickle': (copy/'weights.pkl').write_bytes(b'\x80\x04.')
         case 'labels':
             c = json.loads(config.read_text()); c['codes'] = c['codes'][:-1]
-            config.write_text(json.dumps(c)); seal(copy)
-        case 'pickled weights': (copy/'weights.safetensors').write_bytes(b'\x80\x04.'); seal(copy)
+            config.write_text(json.dumps(c)); write_manifest(copy)
+        case 'pickled weights': (copy/'weights.safetensors').write_bytes(b'\x80\x04.'); write_manifest(copy)
         case 'golden':
             g = json.loads((copy/'golden'/'golden.json').read_text())
             for i in g: i['prdtypecode'] = -1
-            (copy/'golden'/'golden.json').write_text(json.dumps(g)); seal(copy)
+            (copy/'golden'/'golden.json').write_text(json.dumps(g)); write_manifest(copy)
     return copy
 
 

@@ -20,7 +20,7 @@ from rakuten_mm.models.predictor import Predictor, read_golden
 from rakuten_mm.training import fit as fitting
 from rakuten_mm.training.checkpoints import resume_from, run_key
 from rakuten_mm.training.export import export
-from rakuten_mm.training.fit import answers, fit
+from rakuten_mm.training.fit import fit, out_of_fold_probs
 from rakuten_mm.training.lightning_module import encoder_groups
 
 SMOKE = preset('smoke')
@@ -99,9 +99,9 @@ def test_gpu_preset_fine_tunes(data, weights, tmp_path, monkeypatch):
     bundle = export(fitted, few, tmp_path/'run')
     model,rows = Predictor.load(bundle), few.products[few.products.split == 'test'].head(20)
     ds = ProductDataset(rows, fitted.net, fitted.codes, few.images_dir, tmp_path/'store', progress=False)
-    assert np.abs(answers(fitted.net, ds)-model.probs_of(rows, few.images_dir, tmp_path/'store', progress=False)).max() < 1e-5
+    assert np.abs(out_of_fold_probs(fitted.net, ds)-model.probs_of(rows, few.images_dir, tmp_path/'store', progress=False)).max() < 1e-5
     sent = model.probs([model.prepare(r.designation, r.description, (few.images_dir/r.image).read_bytes()) for r in rows.itertuples()])
-    assert np.abs(answers(fitted.net, ds)-sent).max() < .02 and read_golden(bundle)
+    assert np.abs(out_of_fold_probs(fitted.net, ds)-sent).max() < .02 and read_golden(bundle)
 
 
 def test_average_leaves_buffers_alone(data, weights, tmp_path, monkeypatch):
@@ -148,7 +148,7 @@ fitted = fitting.fit(data, cfg, out, progress=False)
 encode = fitting.frozen_runtime(fitted.net.image, 64, fitting.graphs_dir())
 val = fitting.ProductDataset(data.products[data.products.split == 'val'], fitted.net, fitted.codes, data.images_dir,
                              fitting.artifacts_dir()/'embeddings', encode, False)
-with torch.inference_mode(): fused = torch.cat([fitted.net.unseen(b)[-1] for b in val.batches()])
+with torch.inference_mode(): fused = torch.cat([fitted.net.out_of_fold_logits(b)[-1] for b in val.batches()])
 f1 = fitting.scores(fused.softmax(1).numpy(), val.targets)['f1_weighted']
 h = fitted.history
 print(json.dumps(dict(f1=f1, last=h['val/f1_weighted'].iloc[-1], epochs=len(h), val=fitted.val['f1_weighted'], threads=torch.get_num_threads())))

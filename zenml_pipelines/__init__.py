@@ -14,6 +14,6 @@ PIPELINES = ('ingestion', 'training', 'retraining', 'drift', 'api_check')
 
 def __getattr__(name):
     if name not in PIPELINES: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from rakuten_mm.core.process import card_of
+    from rakuten_mm.core.process import identity_of
     # Whose process a run is, from its first moment on: `rakuten-mm runs abandon` looks for those that are gone.
-    return getattr(import_module(f'{__name__}.pipelines.{name}'), name).with_options(extra=dict(process=asdict(card_of())))
+    return getattr(import_module(f'{__name__}.pipelines.{name}'), name).with_options(extra=dict(process=asdict(identity_of())))

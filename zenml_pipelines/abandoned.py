@@ -5,7 +5,7 @@ Runs of other machines, and runs that name no process, are listed and left alone
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from rakuten_mm.core.process import ProcessCard, from_tags, is_gone
+from rakuten_mm.core.process import ProcessIdentity, from_tags, is_gone
 from zenml_pipelines.history import History
 
 WHY = 'its process is gone'
@@ -19,7 +19,7 @@ class LeftBehind:
     unknown:list[str] = field(default_factory=list) # Left alone, with the reason
     errors:list[str] = field(default_factory=list) # Records that could not be read
 
-    def tell(self, gone:bool|None, name:str, card:ProcessCard|None):
+    def tell(self, gone:bool|None, name:str, card:ProcessIdentity|None):
         "Note what is the case with a run."
         if gone: self.ended.append(name)
         elif gone is None: self.unknown.append(f'{name}: '+(f'of host {card.host}' if card else 'names no process'))
@@ -60,7 +60,7 @@ def end_zenml(found:LeftBehind, names:set[str], dry_run:bool, gone_hosts:tuple[s
     states = f"oneof:{open_states}".replace("'", '"')
     for run in depaginate(client.list_pipeline_runs, status=states, hydrate=True):
         local = run.stack and all(c.flavor_name == 'local' for c in run.stack.components[StackComponentType.ORCHESTRATOR])
-        card = ProcessCard(**run.config.extra['process']) if local and 'process' in run.config.extra else None
+        card = ProcessIdentity(**run.config.extra['process']) if local and 'process' in run.config.extra else None
         found.tell(gone := is_gone(card, gone_hosts) if card else None, f'ZenML {run.name}', card)
         if not gone: continue
         names.add(run.name)

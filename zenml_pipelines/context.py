@@ -7,7 +7,7 @@ import mlflow
 from zenml import get_step_context
 
 from rakuten_mm.core.config import artifacts_dir
-from rakuten_mm.core.process import card_of
+from rakuten_mm.core.process import identity_of
 
 
 class StepRun(NamedTuple):
@@ -24,6 +24,6 @@ def step_run(
     run = mlflow.active_run()
     if run:
         os.environ['MLFLOW_TRACKING_URI'] = mlflow.get_tracking_uri()
-        mlflow.set_tags(card_of().tags())
+        mlflow.set_tags(identity_of().tags())
     context = get_step_context()
     return StepRun(run.info.run_id if run else '', artifacts_dir()/'runs'/context.pipeline_run.name/context.step_run.name)

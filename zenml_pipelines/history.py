@@ -15,7 +15,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from rakuten_mm.core.config import artifacts_dir
-from rakuten_mm.core.process import ProcessCard, card_of, is_gone
+from rakuten_mm.core.process import ProcessIdentity, identity_of, is_gone
 
 log = logging.getLogger('rakuten_mm.history')
 OUTCOMES = ('running', 'ok', 'failed', 'timed out', 'stopped', 'refused', 'abandoned')
@@ -44,15 +44,15 @@ class Run:
     process_started:float|None = None
     host:str = field(default_factory=socket.gethostname)
     watcher:int = field(default_factory=os.getpid) # Who waits for it
-    watcher_started:float = field(default_factory=lambda: card_of().started)
+    watcher_started:float = field(default_factory=lambda: identity_of().started)
 
     def is_left(self, gone_hosts:tuple[str, ...] = ())->bool|None: # None if nobody here can tell
         "Whether nobody waits for it any more."
-        return is_gone(ProcessCard(self.watcher, self.watcher_started, self.host), gone_hosts)
+        return is_gone(ProcessIdentity(self.watcher, self.watcher_started, self.host), gone_hosts)
 
     def is_gone(self, gone_hosts:tuple[str, ...] = ())->bool|None: # None if nobody here can tell
         "Whether its process has ended."
-        return is_gone(ProcessCard(self.pid, self.process_started, self.host), gone_hosts)
+        return is_gone(ProcessIdentity(self.pid, self.process_started, self.host), gone_hosts)
 
     @property
     def exit_path(self)->Path:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from rakuten_mm.core.process import card_of, end_tree
+from rakuten_mm.core.process import end_tree, identity_of
 from zenml_pipelines.history import History, Run, scheduler_dir
 from zenml_pipelines.schedule import Job, Schedule
 
@@ -114,7 +114,7 @@ class Runner:
         with open(run.log, 'wb') as out:
             child = subprocess.Popen([*SHELL, str(run.exit_path), *self.command(job)], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
                                      start_new_session=True, pass_fds=locks, env=dict(ZENML_LOGGING_COLORS_DISABLED='true', PYTHONUNBUFFERED='1') | os.environ)
-        card = card_of(child.pid)
+        card = identity_of(child.pid)
         run.pid,run.process_started = card.pid, card.started
         return child
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from .files import BundleError, open_bundle, sha256_file, verify
+from .files import BundleError, open_bundle, sha256_file, verify_manifest
 from .config import TrainConfig, artifacts_dir
-from .process import card_of
+from .process import identity_of
 
 # %% ../../nbs/lib/core/03_tracking.ipynb #520be9e5
 EXPERIMENT = MODEL = 'rakuten-mm'
@@ -48,7 +48,7 @@ def tracked_run(
     "Context with a run id; a run made here is ended here."
     client = mlflow_client()
     if run_id: yield run_id; return
-    tags = card_of().tags() | ({'mlflow.parentRunId': parent} if parent else {})
+    tags = identity_of().tags() | ({'mlflow.parentRunId': parent} if parent else {})
     run = client.create_run(client.get_experiment_by_name(EXPERIMENT).experiment_id, run_name=name, tags=tags).info.run_id
     status = 'FAILED'
     try: yield run; status = 'FINISHED'
@@ -89,7 +89,7 @@ def register_bundle(
     oof:str|Path|None = None, # Folds of its training, `oof.parquet`, that a later training needs to go on from here
 )->int: # Version number
     "Verify and store a bundle, and register it as `challenger`."
-    verify(bundle)
+    verify_manifest(bundle)
     client,tags = mlflow_client(), dict(data_version=json.loads(Path(bundle, 'config.json').read_text(encoding='utf-8')).get('info', {}).get('data_version', ''))
     client.log_artifacts(run_id, str(bundle), 'bundle')
     if oof and Path(oof).exists(): client.log_artifact(run_id, str(oof), 'training'); tags['oof_sha256'] = sha256_file(Path(oof))
@@ -137,8 +137,8 @@ def resolve_model(
     if not dest.exists():
         dest.parent.mkdir(parents=True, exist_ok=True); stage = tempfile.mkdtemp(prefix=f'.v{version}-', dir=dest.parent)
         got = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=stage)
-        verify(got); put(got, dest); shutil.rmtree(stage)
-    verify(dest)
+        verify_manifest(got); put(got, dest); shutil.rmtree(stage)
+    verify_manifest(dest)
     return dest.resolve(), f'{name}/{version}'
 
 # %% ../../nbs/lib/core/03_tracking.ipynb #7c0a41d3

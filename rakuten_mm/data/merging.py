@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INDEX', 'EMPTY', 'CORRECTIONS', 'to_table', 'write_part', 'merge_index', 'read_corrections', 'correct',
-           'fingerprints_of', 'assign_splits', 'describe', 'balance']
+           'fingerprints_of', 'assign_splits', 'describe_version', 'reconcile']
 
 # %% ../../nbs/lib/data/09_merging.ipynb #65201c02
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from .dataset import FINGERPRINTS, PART, SPLITS, read_parts
 
 # %% ../../nbs/lib/data/09_merging.ipynb #717318a0
-from .parsing import Books, Delivery
+from .parsing import IngestionLog, Delivery
 from .schema import correction_schema, read_chunks, validate
 from .splits import check_no_leak, grouped_split, reference_split, settle_groups, time_split
 
@@ -28,7 +28,7 @@ def write_part(
     pieces:Iterator[pd.DataFrame], # From `with_facts`
     path:Path, # Parquet file to write
     known:pd.Series, # Digest by productid, of the parent version
-    books:Books,
+    books:IngestionLog,
 )->pd.DataFrame: # productid, imageid, row, digest, code of what was written
     "Write added and changed listings, and note the unchanged ones."
     index,held,row = [], [], 0
@@ -53,7 +53,7 @@ def merge_index(
     parent:pd.DataFrame, # Index of the parent version, perhaps empty
     new:pd.DataFrame, # From `write_part`
     part:int, # Number of the new part
-    books:Books,
+    books:IngestionLog,
     snapshot:bool, # The delivery is the whole catalogue
 )->pd.DataFrame: # productid, imageid, part, row, digest, code, group, grouped, changed
     "Rows of the next version."
@@ -75,7 +75,7 @@ def read_corrections(
     delivery:Delivery,
     products:pd.Series, # productids of the dataset
     codes:set[int], # Codes in use
-    books:Books,
+    books:IngestionLog,
 )->pd.DataFrame: # Columns of `CORRECTIONS`
     "The corrections of a delivery; refused ones go to the books."
     path,out = delivery.corrections, []
@@ -127,7 +127,7 @@ def assign_splits(
     return df[list(INDEX)].astype(INDEX)
 
 # %% ../../nbs/lib/data/09_merging.ipynb #a52ed69f
-def describe(
+def describe_version(
     stage:Path, # Holds the parts
     parts:list[str],
     index:pd.DataFrame,
@@ -142,8 +142,8 @@ def describe(
         names={str(c): n for c,n in names.items()}, parts=parts)
 
 # %% ../../nbs/lib/data/09_merging.ipynb #d59b70c0
-def balance(
-    books:Books,
+def reconcile(
+    books:IngestionLog,
     delivery:Delivery,
     before:pd.DataFrame, # Index of the parent version, perhaps empty
     after:pd.DataFrame, # Index of the new version

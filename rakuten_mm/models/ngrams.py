@@ -121,7 +121,7 @@ def forward(self:NgramEncoder,
 
 # %% ../../nbs/lib/models/01_ngrams.ipynb #b0ca6102
 @patch
-def grown(self:NgramEncoder,
+def extended(self:NgramEncoder,
     titles:list[str], # Of new training listings
     descriptions:list[str],
 )->NgramEncoder: # `self` if there is nothing to add

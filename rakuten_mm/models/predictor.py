@@ -13,11 +13,11 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from tqdm import tqdm
 from .bundle import load_bundle
-from ..core.files import read_golden, seal
+from ..core.files import read_golden, write_manifest
 from .inputs import ProductDataset, blank
 from ..data.image import load_pixels, open_image, to_square
 from ..stats.metrics import scores
-from .runtime import Eager, PixelEncoder, Session
+from .runtime import TorchRuntime, PixelEncoder, OnnxRuntime
 from ..data.text import clean_text
 from ..stats.triage import Triage
 
@@ -53,7 +53,7 @@ class Predictor:
         self.net,self.config,self.codes,self.triage = net,config,config['codes'],triage
         self.names = {int(c): n for c,n in config['names'].items()}
         self.modalities,self.size = net.cfg.modalities, net.cfg.encoders.image_size
-        self.encode = PixelEncoder(Eager(net.image), 'eager') if net.image else None
+        self.encode = PixelEncoder(TorchRuntime(net.image), 'eager') if net.image else None
 
     @classmethod
     def load(cls,
@@ -63,8 +63,8 @@ class Predictor:
         net,config = load_bundle(bundle)
         path,graphs = Path(bundle, 'triage.json'), {n: Path(bundle, f'{n}.onnx') for n in ('image', 'text')}
         model = cls(net, config, Triage.from_dict(json.loads(path.read_text())) if path.exists() else None)
-        if graphs['image'].exists(): model.encode = PixelEncoder(Session.from_bytes(graphs['image'].read_bytes()), config['info']['runtime']['image'])
-        if graphs['text'].exists(): net.text.run = Session.from_bytes(graphs['text'].read_bytes())
+        if graphs['image'].exists(): model.encode = PixelEncoder(OnnxRuntime.from_bytes(graphs['image'].read_bytes()), config['info']['runtime']['image'])
+        if graphs['text'].exists(): net.text.run = OnnxRuntime.from_bytes(graphs['text'].read_bytes())
         return model
 
 # %% ../../nbs/lib/models/11_predictor.ipynb #abf987b0
@@ -104,12 +104,12 @@ def batch(self:Predictor,
 
 @patch
 @torch.inference_mode()
-def look(self:Predictor,
+def probs_and_vectors(self:Predictor,
     batch:dict[str, torch.Tensor]
 )->tuple[np.ndarray, dict[str, np.ndarray]]: # (N, K) probabilities, and (N, C) scaled vectors by part
     "What the network makes of a batch, and the vectors that it rests on."
     v = self.net.vectors(batch)
-    return self.net.answer(batch | {f'scaled_{m}': x for m,x in v.items()}).softmax(1).numpy(), {m: x.numpy() for m,x in v.items()}
+    return self.net.ensemble_logits(batch | {f'scaled_{m}': x for m,x in v.items()}).softmax(1).numpy(), {m: x.numpy() for m,x in v.items()}
 
 # %% ../../nbs/lib/models/11_predictor.ipynb #0cf26406
 @patch
@@ -118,7 +118,7 @@ def probs(self:Predictor,
     items:list[Prepared]
 )->np.ndarray: # (N, K) probabilities
     "Class probabilities of prepared listings."
-    return self.look(self.batch(items))[0]
+    return self.probs_and_vectors(self.batch(items))[0]
 
 # %% ../../nbs/lib/models/11_predictor.ipynb #8f787157
 @patch
@@ -150,7 +150,7 @@ def read_pictures(self:Predictor,
 @patch
 def rank(self:Predictor,
     items:list[Prepared],
-    probs:np.ndarray, # (N, K) from `look`
+    probs:np.ndarray, # (N, K) from `probs_and_vectors`
     top_k:int = 3, # Categories per answer, at most the number of classes
 )->list[Prediction]:
     "Ranked categories of prepared listings, in their order."
@@ -185,7 +185,7 @@ def probs_of(self:Predictor,
     if fold is not None: ds.fold = fold
     if set(use) != {'text', 'image'}: ds,_ = ds.view(*use)
     batches = tqdm(ds.batches(), desc='predict', disable=not progress)
-    return np.concatenate([self.net.stacked(self.net.unseen(b), b).softmax(1).numpy() for b in batches])
+    return np.concatenate([self.net.stacked(self.net.out_of_fold_logits(b), b).softmax(1).numpy() for b in batches])
 
 # %% ../../nbs/lib/models/11_predictor.ipynb #d6ab9b14
 @patch
@@ -213,5 +213,5 @@ def add_golden(
                            target=int(r.prdtypecode), prdtypecode=answer.prdtypecode, probability=answer.probability))
     Path(bundle, 'golden').mkdir(exist_ok=True)
     Path(bundle, 'golden', 'golden.json').write_text(json.dumps(golden, ensure_ascii=False), encoding='utf-8')
-    seal(bundle)
+    write_manifest(bundle)
     return golden

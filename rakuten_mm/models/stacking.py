@@ -78,7 +78,7 @@ def fit(self:Stack,
 
 # %% ../../nbs/lib/models/07_stacking.ipynb #278d5f4e
 @patch
-def temper(self:Stack,
+def fit_temperature(self:Stack,
     logits:np.ndarray, # (N, K) from this stack
     targets:np.ndarray, # (N,)
     state:str,

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import httpx, numpy as np, pandas as pd
 from prometheus_client.parser import text_string_to_metric_families
-from .access_check import APICheckError, Check, Prober, basic, check_credentials, check_pages, check_roles, expect
+from .access_check import APICheckError, AccessCheck, Prober, basic, check_credentials, check_pages, check_roles, expect
 from ..core.files import read_golden
 from ..core.tracking import resolve_model
 from serving.config import ServeConfig
@@ -24,19 +24,19 @@ def check_state(
     auth:str,
     model:str, # What should be served: `models:/rakuten-mm@champion`, or a bundle's folder
     wait_s:float, # How long it may take the server to follow
-)->tuple[list[Check], Path|None, str]: # Checks, bundle and version; no bundle if another version answers
+)->tuple[list[AccessCheck], Path|None, str]: # Checks, bundle and version; no bundle if another version answers
     "Whether the version is the registry's, and the server content."
     end = time.monotonic()+wait_s
     while True:
         try: bundle,version = resolve_model(model)
-        except Exception as e: return [Check('state', 'registry', f'{type(e).__name__}: {e}')], None, ''
+        except Exception as e: return [AccessCheck('state', 'registry', f'{type(e).__name__}: {e}')], None, ''
         told,ready = p.ask('GET', '/version', auth), p.ask('GET', '/ready')
         served,mood = told.data.get('model_version', ''), ready.data.get('status')
         if told.status != 200 or (served == version and mood == 'ready') or time.monotonic() > end: break
         p.sleep(min(1, wait_s))
     checks = [expect('state', '/ready', ready, 200), expect('state', '/version', told, 200)]
-    if ready.status == 200: checks.append(Check('state', 'ready', '' if mood == 'ready' else f"{mood}: {told.data.get('problem')}"))
-    if told.status == 200: checks.append(Check('state', 'version', '' if served == version else f"{served} answers instead of {version} of {model}"))
+    if ready.status == 200: checks.append(AccessCheck('state', 'ready', '' if mood == 'ready' else f"{mood}: {told.data.get('problem')}"))
+    if told.status == 200: checks.append(AccessCheck('state', 'version', '' if served == version else f"{served} answers instead of {version} of {model}"))
     return checks, bundle if served == version else None, version
 
 # %% ../../nbs/lib/monitoring/04_api_check.ipynb #88103fbf
@@ -72,16 +72,16 @@ def check_latency(
     p:Prober, auth:str, golden:list[dict],
     max_p95_ms:float, # 0: whatever it takes
     at_least:int = 100, # Requests
-)->tuple[list[Check], dict]: # Checks; n, p50_ms, p95_ms, max_ms
+)->tuple[list[AccessCheck], dict]: # Checks; n, p50_ms, p95_ms, max_ms
     "How long answers take when one client asks."
     ask = lambda g: p.ask('POST', '/predict', auth, json={k: g[k] for k in ('designation', 'description', 'image')})
     said = [ask(g) for _ in range(math.ceil(at_least/len(golden))) for g in golden]
     ms,lost = [r.ms for r in said if r.status == 200], Counter(str(r.status) for r in said if r.status != 200)
-    checks = [Check('latency', 'answers', '; '.join(f'{n} of {len(said)} got {s}' for s,n in lost.items()))]
+    checks = [AccessCheck('latency', 'answers', '; '.join(f'{n} of {len(said)} got {s}' for s,n in lost.items()))]
     if not ms: return checks, dict(n=0)
     took = dict(n=len(ms), p50_ms=float(np.median(ms)), p95_ms=float(np.quantile(ms, .95)), max_ms=max(ms))
     slow = max_p95_ms and took['p95_ms'] > max_p95_ms
-    return [*checks, Check('latency', 'p95', f"{took['p95_ms']:.0f} ms, at most {max_p95_ms:g} are allowed" if slow else '')], took
+    return [*checks, AccessCheck('latency', 'p95', f"{took['p95_ms']:.0f} ms, at most {max_p95_ms:g} are allowed" if slow else '')], took
 
 # %% ../../nbs/lib/monitoring/04_api_check.ipynb #6e020261
 WANTED = ('rakuten_requests_total', 'rakuten_request_seconds_count', 'rakuten_in_flight_listings', 'rakuten_model_info', 'rakuten_degraded', 'process_start_time_seconds')
@@ -95,16 +95,16 @@ def read_figures(page:str)->tuple[dict[str, float], set[str], list[str]]: # Sums
         if s.name == 'rakuten_model_info' and s.value == 1: versions.add(s.labels['model_version'])
     return dict(sums), versions, sorted(odd)
 
-def check_figures(before:str, after:str, asked:int, version:str)->list[Check]:
+def check_figures(before:str, after:str, asked:int, version:str)->list[AccessCheck]:
     "Two pages of figures, and what lies between them: `asked` requests."
     try: (old,*_),(new,versions,odd) = read_figures(before), read_figures(after)
-    except ValueError as e: return [Check('figures', 'page', f'cannot be read: {e}')]
+    except ValueError as e: return [AccessCheck('figures', 'page', f'cannot be read: {e}')]
     missing = [n for n in WANTED if n not in new]
     found = f"{', '.join(missing)} missing" if missing else f"{', '.join(odd)} cannot be true" if odd else ''
-    checks = [Check('figures', 'page', found), Check('figures', 'version', '' if versions == {version} else f"{', '.join(sorted(versions)) or 'none'} instead of {version}")]
+    checks = [AccessCheck('figures', 'page', found), AccessCheck('figures', 'version', '' if versions == {version} else f"{', '.join(sorted(versions)) or 'none'} instead of {version}")]
     same = not missing and old.get('process_start_time_seconds') == new['process_start_time_seconds']
     grew = new.get('rakuten_requests_total', 0)-old.get('rakuten_requests_total', 0)
-    return [*checks, Check('figures', 'counting', f'{asked} requests were counted as {grew:.0f}' if grew < asked else '')] if same else checks
+    return [*checks, AccessCheck('figures', 'counting', f'{asked} requests were counted as {grew:.0f}' if grew < asked else '')] if same else checks
 
 # %% ../../nbs/lib/monitoring/04_api_check.ipynb #531ca040
 @dataclass
@@ -113,7 +113,7 @@ class APICheck:
     url:str
     version:str # That should answer
     role:str # Of the user that asked
-    checks:list[Check]
+    checks:list[AccessCheck]
     golden:pd.DataFrame # From `ask_golden`
     classes:pd.DataFrame # From `by_class`
     latency:dict # From `check_latency`
@@ -149,9 +149,9 @@ def check_server(
     if bundle: names = {int(c): n for c,n in json.loads((bundle/'config.json').read_text(encoding='utf-8'))['names'].items()}
     before = figures()
     table = ask_golden(p, auth, golden, version)
-    checks += state+[Check('golden', f'product {i} ({r.title[:30]!r})', r.found) for i,r in enumerate(table.itertuples())]
+    checks += state+[AccessCheck('golden', f'product {i} ({r.title[:30]!r})', r.found) for i,r in enumerate(table.itertuples())]
     if golden: took,latency = check_latency(p, auth, golden, max_p95_ms, at_least); checks += took
-    else: checks.append(Check('golden', 'products', f'{version} carries none' if bundle else 'not asked: it is not known what to expect'))
+    else: checks.append(AccessCheck('golden', 'products', f'{version} carries none' if bundle else 'not asked: it is not known what to expect'))
     if bundle and before.status == 200: checks += check_figures(before.body, figures().body, len(table)+latency.get('n', 0), version)
     return APICheck(str(client.base_url), version, role, checks, table, by_class(table, names), latency)
 

@@ -8,11 +8,11 @@ __all__ = ['to_mix', 'states', 'to_states', 'to_estimate']
 # %% ../../nbs/lib/monitoring/01_reweighting.ipynb #3f4d4621
 import numpy as np
 from ..stats.label_shift import em_priors
-from .observations import Traffic
+from .observations import RequestLog
 
 # %% ../../nbs/lib/monitoring/01_reweighting.ipynb #8361c91a
 def to_mix(
-    ref:Traffic, # With labels
+    ref:RequestLog, # With labels
     mix:np.ndarray, # (K,)
 )->np.ndarray: # (M,) weights
     "Weights that give labelled listings the class mix `mix`."
@@ -20,14 +20,14 @@ def to_mix(
     return np.divide(mix*len(ref), n, out=np.zeros(len(mix)), where=n > 0)[ref.labels]
 
 # %% ../../nbs/lib/monitoring/01_reweighting.ipynb #ba641445
-def states(t:Traffic)->np.ndarray: # (N,) e.g. `text + image`
+def states(t:RequestLog)->np.ndarray: # (N,) e.g. `text + image`
     "Which parts each listing has."
     parts = 'text','description','image'
     names = np.array([' + '.join(p for b,p in enumerate(parts) if i>>b & 1) or 'nothing' for i in range(8)])
     return names[t.table[list(parts)].to_numpy(int)@[1, 2, 4]]
 
 def to_states(
-    ref:Traffic, # With labels and mix
+    ref:RequestLog, # With labels and mix
     target:dict[str, float], # Share of each state
     steps:int = 50,
 )->np.ndarray: # (M,) weights
@@ -42,8 +42,8 @@ def to_states(
 
 # %% ../../nbs/lib/monitoring/01_reweighting.ipynb #3da55f61
 def to_estimate(
-    ref:Traffic, # With labels and mix
-    win:Traffic,
+    ref:RequestLog, # With labels and mix
+    win:RequestLog,
     by_state:bool = False, # Let the states move too
     strength:float = 20., # Listings that the old mix counts for
     least:int = 30, # Listings of a state that an estimate of its own needs

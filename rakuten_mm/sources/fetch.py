@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SECRET', 'SHOWN', 'HOPELESS', 'INSTALL', 'FLAGS', 'STATE', 'WHOLE', 'SUMS', 'FetchError', 'Unreachable', 'scrub',
-           'failure', 'read_log', 'rclone', 'transfer', 'compare', 'read_sums', 'verify', 'one_round', 'unpack_new',
-           'Fetched', 'check_remote', 'fetch']
+           'rclone_failure', 'read_log', 'rclone', 'transfer', 'check_remote_matches', 'read_sums', 'verify_sums',
+           'one_round', 'unpack_new', 'Fetched', 'check_remote', 'fetch']
 
 # %% ../../nbs/lib/sources/01_fetch.ipynb #8ce48a43
 import hashlib, json, os, re, shutil, subprocess, tempfile, time
@@ -44,7 +44,7 @@ def scrub(
 HOPELESS = re.compile(r"""(?i)didn't find |unknown (?:flag|command|shorthand)|unauthorized|\b401\b|forbidden|(?:access|permission) ?denied|invalid_(?:grant|client)"""
                       r"""|SignatureDoesNotMatch|InvalidAccessKeyId|decrypt|empty token|no refresh token|credentials|downloadQuotaExceeded|no space left""")
 
-def failure(
+def rclone_failure(
     code:int, # Exit code of rclone
     said:str, # Its last message
 )->FetchError:
@@ -86,7 +86,7 @@ def rclone(
         try:
             for line in p.stderr: said = read_log(line, bar) or said
         except BaseException: p.kill(); raise
-        if p.wait(): raise failure(p.returncode, said)
+        if p.wait(): raise rclone_failure(p.returncode, said)
         out.seek(0)
         return out.read()
 
@@ -113,7 +113,7 @@ def transfer(
     return moved
 
 # %% ../../nbs/lib/sources/01_fetch.ipynb #a692ae7a
-def compare(
+def check_remote_matches(
     remote:str,
     raw_dir:Path,
     *flags:str, # For rclone
@@ -147,10 +147,10 @@ def read_sums(
     return sums
 
 # %% ../../nbs/lib/sources/01_fetch.ipynb #edd6bf75
-def verify(
+def verify_sums(
     raw_dir:Path,
     sums:dict[str, str], # From `read_sums`
-    delivered:set[str], # From `compare`
+    delivered:set[str], # From `check_remote_matches`
     seen:set[str], # Files that differed before; grows
 ):
     "Raises `Unreachable` after deleting files that differ for the first time, `FetchError` at the second or for missing ones."
@@ -167,7 +167,7 @@ def one_round(
     remote:str,
     raw_dir:Path,
     moved:dict[str, int], # Bytes by name of what arrived; grows
-    seen:set[str], # For `verify`
+    seen:set[str], # For `verify_sums`
     timeout_s:float = 60,
     progress:bool = True,
 )->set[str]: # Everything delivered
@@ -178,14 +178,14 @@ def one_round(
     text = rclone('cat', remote, '--include', f'/{SUMS}', timeout_s=timeout_s) if SUMS in top else ''
     if text and (raw_dir/SUMS).is_file() and (raw_dir/SUMS).read_text(encoding='utf-8', errors='surrogateescape') != text: (raw_dir/SUMS).unlink()
     moved |= transfer(remote, raw_dir, *flags, timeout_s=timeout_s, progress=progress)
-    delivered = compare(remote, raw_dir, *flags, timeout_s=timeout_s)
-    verify(raw_dir, read_sums(text), delivered, seen)
+    delivered = check_remote_matches(remote, raw_dir, *flags, timeout_s=timeout_s)
+    verify_sums(raw_dir, read_sums(text), delivered, seen)
     return delivered
 
 # %% ../../nbs/lib/sources/01_fetch.ipynb #742542b4
 def unpack_new(
     raw_dir:Path,
-    delivered:set[str], # From `compare`
+    delivered:set[str], # From `check_remote_matches`
     progress:bool = True,
 )->list[str]: # Archives unpacked now
     "Unpack the delivery's archives unless that was done; raises `ArchiveError`."

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy import optimize, special
-from .risk_control import accuracy_interval, capacity_threshold, promised_thresholds
+from .risk_control import accuracy_interval, capacity_threshold, guaranteed_thresholds
 from .calibration import check_probs
 
 # %% ../../nbs/lib/stats/03_triage.ipynb #9cd43710
@@ -114,7 +114,7 @@ def fit_triage(
     if groups is not None and len(groups) != len(targets): raise ValueError(f'{len(targets)} targets but {len(groups)} groups')
     groups = None if groups is None else np.asarray(groups)
     if capacity: thresholds,own,reasons = [capacity_threshold(probs.max(1), *capacity)]*probs.shape[1], [], []
-    else: thresholds,own,reasons = promised_thresholds(probs, targets, groups, target, delta, per_class)
+    else: thresholds,own,reasons = guaranteed_thresholds(probs, targets, groups, target, delta, per_class)
     draft = Triage(tuple(thresholds), None, int(max_set), float(min_top), target, delta, alpha, capacity, tuple(own), len(targets), 0., 0., tuple(reasons))
     return complete(draft, probs, targets, groups)
 

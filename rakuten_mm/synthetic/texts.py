@@ -9,7 +9,7 @@ __all__ = ['DAMAGE', 'detail', 'brand', 'pools', 'make_title', 'make_description
 # %% ../../nbs/lib/synthetic/01_texts.ipynb #e89af2a3
 import html, math, random, re, unicodedata
 from functools import cache
-from .lexicon import CLASSES, ENDS, LANGUAGES, LINKS, OPENINGS, words_of
+from .lexicon import CLASSES, ENDS, LEXICONS, LINKS, OPENINGS, words_of
 
 # %% ../../nbs/lib/synthetic/01_texts.ipynb #0e61bffe
 _SYLLABLES = [c+v for c in 'b c d f g k l m n p r s t v z br cr dr fl gr pl st tr'.split() for v in 'a e i o u an el in or'.split()]
@@ -34,10 +34,10 @@ def brand(
 # %% ../../nbs/lib/synthetic/01_texts.ipynb #b041baec
 @cache
 def pools(
-    language:str # One of `LANGUAGES`
+    language:str # One of `LEXICONS`
 )->dict[str, list[str]]:
     "Words and phrases of a language: `fill`, `noun`, `adj`, `colour`, `opening`, `link` and `end`."
-    words = {name: o.split() for name,o in LANGUAGES[language].items() if name != 'share'}
+    words = {name: o.split() for name,o in LEXICONS[language].items() if name != 'share'}
     phrases = {name: o[language].split('|') for name,o in dict(opening=OPENINGS, link=LINKS, end=ENDS).items()}
     return words | phrases | {'fill': words['small']*3+words['adj']+words['colour']+words['noun']}
 
@@ -139,7 +139,7 @@ def write_text(
 )->tuple[str, str, str]: # Title, description, language
     "The text of row `i` before it is exported."
     rng = random.Random(f'{seed}/{i}')
-    language = rng.choices(list(LANGUAGES), [o['share'] for o in LANGUAGES.values()])[0]
+    language = rng.choices(list(LEXICONS), [o['share'] for o in LEXICONS.values()])[0]
     silent = rng.random() < .25
     title = make_title(rng, code, language, silent)
     description = '' if rng.random()*100 < CLASSES[code][1] else make_description(rng, code, language, silent and rng.random() < .6)

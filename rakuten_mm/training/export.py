@@ -17,7 +17,7 @@ from ..models.encoders import HFEncoder
 from .fit import Fitted, fit
 from ..models.network import MultimodalNet
 from ..models.predictor import Predictor, add_golden
-from ..models.runtime import AgreementError, Choice, check_agreement, fastest, kept_graph
+from ..models.runtime import AgreementError, RuntimeChoice, check_agreement, fastest, kept_graph
 from ..core.tracking import git_commit, tracked_run
 
 # %% ../../nbs/lib/training/04_export.ipynb #56ebd956
@@ -25,7 +25,7 @@ def choose_runtimes(
     net:MultimodalNet,
     rows:pd.DataFrame, # Listings to measure on
     images_dir:Path,
-)->dict[str, Choice]: # By `image` and `text`, for the encoders that can be exported
+)->dict[str, RuntimeChoice]: # By `image` and `text`, for the encoders that can be exported
     "The fastest runtimes of the encoders that agree with PyTorch."
     e,out = net.cfg.encoders, {}
     names = tuple(e.runtimes.split())

@@ -19,14 +19,14 @@ def collect(
     from pathlib import Path
 
     from rakuten_mm.data.dataset import Dataset
-    from rakuten_mm.data.feedback import judged, write_delivery
+    from rakuten_mm.data.feedback import reviewed, write_delivery
     from serving.corrections import read_corrections
     run = step_run(artifacts_dir)
     said = read_corrections()
     data = Dataset.open(data_dir) if Path(data_dir, 'CURRENT').exists() else None
     home,table = run.out_dir.parents[2]/'feedback', run.out_dir/'judged.parquet'
     run.out_dir.mkdir(parents=True, exist_ok=True)
-    judged(said, data).to_parquet(table, index=False)
+    reviewed(said, data).to_parquet(table, index=False)
     counts = write_delivery(said, data, home/'raw')
     logger.info('%s corrections of listings that the dataset holds, %s new listings; %s of them were misfiled', counts.corrected, counts.added, counts.misfiled)
     logger.info('not learnt from: %s listings without a picture, %s that nobody kept', counts.without_picture, counts.not_kept)

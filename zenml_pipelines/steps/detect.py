@@ -19,17 +19,17 @@ def detect(
     days:float, # How far to look back
     min_predictions:int, # Served listings below which nothing is said
     max_reference:int, # Held-out listings to compare with, at most
-    levels:dict, # Alarm levels that differ from `rakuten_mm.monitoring.drift.Levels`
+    levels:dict, # Alarm levels that differ from `rakuten_mm.monitoring.drift.Thresholds`
     retrain:bool, # Ask for a training when the content moved
     again_days:float, # Not again for the same champion before so many days
 )->Annotated[dict, 'drift']:
     "What moved; with too little traffic it says so and ends."
     from rakuten_mm.core.config import from_dict
     from rakuten_mm.core.tracking import alias_version
-    from rakuten_mm.monitoring.drift import Levels
+    from rakuten_mm.monitoring.drift import Thresholds
     from serving.lately import count_lately
     run = step_run(artifacts_dir)
-    from_dict(Levels, levels)  # a wrong name fails before any work
+    from_dict(Thresholds, levels)  # a wrong name fails before any work
     champion = alias_version('champion')
     served = count_lately(days, f'rakuten-mm/{champion}') if champion else 0
     if served < min_predictions:
