@@ -126,7 +126,7 @@ def fit_stack(
     net.stack.fit(scored)
     for s in STATES if many and hold_out else []:
         logits,rows = expert_logits(net, val, s)
-        net.stack.temper(np.tensordot(net.stack.weights[STATES.index(s)].numpy(), logits, 1), val.targets[rows], s)
+        net.stack.fit_temperature(np.tensordot(net.stack.weights[STATES.index(s)].numpy(), logits, 1), val.targets[rows], s)
 
 # %% ../../nbs/lib/training/03_fit.ipynb #06caefcb
 @torch.inference_mode()

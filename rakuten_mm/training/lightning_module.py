@@ -73,7 +73,7 @@ def training_step(self:ProductClassifier, batch:dict, batch_idx:int)->Tensor:
     "Sum of the experts' losses on one batch."
     each = self.losses(self.net(batch), batch)
     loss = each.mean() if self.cfg.fine_tunes else each.sum()
-    self.check_finite(loss, 'training')
+    self.check_loss(loss, 'training')
     self.log('train/loss', each.detach().mean(), prog_bar=True, on_step=False, on_epoch=True, batch_size=len(batch['target']), sync_dist=True)
     return loss
 
@@ -82,7 +82,7 @@ def validation_step(self:ProductClassifier, batch:dict, batch_idx:int):
     "Loss of the experts, and F1 of the last one, on one validation batch, answered by members that have not seen it."
     logits = self.net.out_of_fold_logits(batch)
     loss = self.losses(logits[-len(self.net.experts.each):].unsqueeze(0), batch).mean()
-    self.check_finite(loss, 'validation')
+    self.check_loss(loss, 'validation')
     self.log('val/loss', loss, batch_size=len(batch['target']), sync_dist=True)
     self.metrics.update(logits[-1], batch['target'])
     self.log_dict(self.metrics, prog_bar=True, batch_size=len(batch['target']))
