@@ -9,14 +9,16 @@ import pytest
 from click.testing import CliRunner
 
 from rakuten_mm.cli.main import cli
-from rakuten_mm.core.files import write_manifest
-from rakuten_mm.core.tracking import alias_version, mlflow_client, register_bundle, tracked_run
+from rakuten_mm.models.manifest import write_manifest
+from rakuten_mm.core.tracking import mlflow_client, tracked_run
+from rakuten_mm.registry.versions import alias_version, register_bundle
 from rakuten_mm.data.dataset import Dataset
 from rakuten_mm.models.bundle import load_bundle, save_bundle
-from rakuten_mm.registry import promotion
+from rakuten_mm.registry import comparison, promotion
 from rakuten_mm.registry.champion import ChampionMoved, history, move_champion
 from rakuten_mm.registry.gate import GateConfig
-from rakuten_mm.registry.promotion import compare, promote
+from rakuten_mm.registry.promotion import promote
+from rakuten_mm.registry.comparison import compare
 
 QUICK = GateConfig(draws=300)
 
@@ -55,12 +57,12 @@ def test_f50_refused_for_its_reason(bundle, data, tmp_path, how, check):
 
 def test_f50_slower_than_allowed(bundle, data, monkeypatch):
     "The stopwatch is real; the model is slow enough for any machine."
-    real = promotion.answer_seconds
+    real = comparison.answer_seconds
     def with_delay(models, *args):
         answer = models[0].predict
         models[0].predict = lambda items: time.sleep(.5) or answer(items)
         return real(models, *args)
-    monkeypatch.setattr(promotion, 'answer_seconds', with_delay); monkeypatch.setattr(promotion, 'N_TIMED', 1)
+    monkeypatch.setattr(comparison, 'answer_seconds', with_delay); monkeypatch.setattr(comparison, 'N_TIMED', 1)
     verdict = compare(bundle, bundle, data, QUICK, progress=False).verdict
     latency = next(c for c in verdict.checks if c.name == 'latency')
     assert not latency.ok and latency.figures['latency_ratio'] > 1.3

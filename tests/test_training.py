@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from rakuten_mm.core.config import FitConfig, preset, single_modality
 from rakuten_mm.data.dataset import Dataset
 from rakuten_mm.models.inputs import ProductDataset
-from rakuten_mm.models.predictor import Predictor, read_golden
+from rakuten_mm.models.manifest import read_golden
+from rakuten_mm.models.predictor import Predictor
 from rakuten_mm.training import fit as fitting
 from rakuten_mm.training.checkpoints import resume_from, run_key
 from rakuten_mm.training.export import export

@@ -13,7 +13,8 @@ from pathlib import Path
 import click
 from .. import __version__
 from . import operations
-from ..core.config import PRESETS, load_environment
+from ..core.config import PRESETS
+from ..core.environment import load_environment
 from .registry import registry
 from serving.config import ROLES
 
@@ -111,7 +112,8 @@ def list_versions_command(data_dir):
 def diff_command(data_dir, a, b, out):
     "What changed from version A to version B (the current one if left out)."
     from rakuten_mm.data.dataset import Dataset
-    from rakuten_mm.data.diff import diff, write_csv
+    from rakuten_mm.data.diff import diff
+    from rakuten_mm.core.files import write_csv
     found = diff(Dataset.open(data_dir, a), Dataset.open(data_dir, b))
     click.echo(found.summary())
     if out: write_csv(found.items, out); click.echo(f'{len(found.items):,} products in {out}')
@@ -124,7 +126,7 @@ def diff_command(data_dir, a, b, out):
 def quarantine_command(data_dir, version, out):
     "Records that were refused when VERSION (the current one if left out) was made."
     from rakuten_mm.data.dataset import Dataset
-    from rakuten_mm.data.diff import write_csv
+    from rakuten_mm.core.files import write_csv
     from rakuten_mm.data.schema import REASONS
     q = Dataset.open(data_dir, version).quarantine
     for reason,n in q.reason.value_counts().items(): click.echo(f'{n:>7,} {reason}: {REASONS[reason]}')
@@ -170,17 +172,19 @@ def train_command(data_dir, out, name, config, init, seed, references, split, tr
     from contextlib import nullcontext
     from rakuten_mm.core import config as configs, tracking
     from rakuten_mm.data import dataset
+    from rakuten_mm.evaluation.scores import evaluate
     from rakuten_mm.registry import promotion
+    from rakuten_mm.registry.versions import register_bundle
     from rakuten_mm.training import export as training
     data,cfg = dataset.Dataset.open(data_dir, split=split), configs.read_config(config) if config else configs.preset(name)
     with tracking.tracked_run(name=f'train {config.stem if config else name}') if track else nullcontext('') as run:
         bundle = training.export(training.fit(data, cfg, out, seed, run, init=init or ''), data, out, seed)
         refs = training.fit_references(data, cfg, out/'references', seed, run) if references else {}
-        table = training.evaluate(bundle, data, refs)
+        table = evaluate(bundle, data, refs)
         click.echo(table.round(4).to_string()+f"\non the test rows of the {split} split of data {data.manifest['version']}; bundle in {bundle}")
         if track and split == 'grouped':
             tracking.log_metrics(run, table.iloc[0].to_dict(), 'test/')
-            decision,_ = promotion.promote(tracking.register_bundle(run, bundle, out/'oof.parquet'), data)
+            decision,_ = promotion.promote(register_bundle(run, bundle, out/'oof.parquet'), data)
             click.echo(f"version {decision.challenger} {'promoted' if decision.promoted else 'not promoted'}: {decision.reason}")
 
 # %% ../../nbs/lib/cli/02_main.ipynb #a64f81fc
@@ -193,7 +197,8 @@ def train_command(data_dir, out, name, config, init, seed, references, split, tr
 def predict_command(bundle, products, images, out, batch_size):
     "Predict the category of every product of a file."
     from rakuten_mm.models.batch_inference import predict_file
-    n = predict_file(bundle, products, images, out, batch_size)
+    from rakuten_mm.registry.versions import resolve_model
+    n = predict_file(resolve_model(bundle)[0], products, images, out, batch_size)
     click.echo(f"{n['rows']} predictions in {out}: {n['missing']} without a picture, {n['invalid']} with a damaged one, {n['empty']} with nothing to read")
 
 # %% ../../nbs/lib/cli/02_main.ipynb #b852cebf

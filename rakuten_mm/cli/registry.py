@@ -63,6 +63,6 @@ def promote_command(ctx, version, data_dir, gate, out, dry_run):
 def rollback_command(version, why):
     "Restore an earlier champion; servers follow within seconds. The version that is taken back is not promoted again."
     from rakuten_mm.registry.champion import rollback
-    from rakuten_mm.core.tracking import alias_version
+    from rakuten_mm.registry.versions import alias_version
     before = alias_version('champion')
     click.echo(f'version {rollback(why, version)} serves again, version {before} was taken back: {why}')

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
-from ..core.config import leave_with_parent, n_threads
+from ..core.process import leave_with_parent, n_threads
 from .near_duplicates import image_hashes, signature, text_code, normalised_words
 from .image import THUMBNAIL, InvalidImage, content_box, load_pixels, open_image, thumbnail
 from .text import text_features

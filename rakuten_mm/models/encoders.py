@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np, torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from ..core.config import EncoderConfig, n_threads, use_hub
+from ..core.config import EncoderConfig
+from ..core.process import n_threads
+from ..core.environment import use_hub
 
 # %% ../../nbs/lib/models/00_encoders.ipynb #a641e337
 class HFEncoder(nn.Module):

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np, onnxruntime, torch
 from torch import nn
-from ..core.config import n_threads
+from ..core.process import n_threads
 from ..core.files import write_atomic
 from .encoders import HFEncoder, ImageEncoder, encoder_fingerprint
 from .onnx_export import batches, export_onnx, int8_graph

@@ -14,8 +14,8 @@ from pathlib import Path
 import httpx, numpy as np, pandas as pd
 from prometheus_client.parser import text_string_to_metric_families
 from .access_check import APICheckError, AccessCheck, Prober, basic, check_credentials, check_pages, check_roles, expect
-from ..core.files import read_golden
-from ..core.tracking import resolve_model
+from ..models.manifest import read_golden
+from ..registry.versions import resolve_model
 from serving.config import ServeConfig
 
 # %% ../../nbs/lib/monitoring/04_api_check.ipynb #079656d1

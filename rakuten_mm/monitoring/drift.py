@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from ..core.config import artifacts_dir
+from ..core.environment import artifacts_dir
 from ..stats.label_shift import bbse_priors, em_priors
 from ..core.files import write_atomic
 from .observations import RequestLog

@@ -15,7 +15,7 @@ from PIL import Image
 from lingua import LanguageDetector, LanguageDetectorBuilder
 
 from ..models.inputs import ProductDataset
-from ..core.config import artifacts_dir
+from ..core.environment import artifacts_dir
 from ..data.dataset import Dataset
 from ..models.embeddings import load_squares
 from ..data.image import content_box, thumbnail

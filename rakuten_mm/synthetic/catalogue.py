@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 import numpy as np
 from tqdm import tqdm
-from ..core.config import leave_with_parent, n_threads
+from ..core.process import leave_with_parent, n_threads
 from .images import draw_batch
 from ..data.schema import image_name
 from .lexicon import CLASSES, CONFUSED

@@ -19,9 +19,11 @@ from ..models.inputs import ProductDataset
 from ..models.bundle import load_bundle
 from .checkpoints import earlier_epochs, resume_from, run_folder, run_key
 from .lightning_module import ProductClassifier
-from ..core.config import TrainConfig, artifacts_dir, graphs_dir, n_threads
+from ..core.config import TrainConfig
+from ..core.process import n_threads
+from ..core.environment import artifacts_dir, graphs_dir
 from ..data.dataset import Dataset
-from ..core.files import file_hashes
+from ..models.manifest import file_hashes
 from .datamodule import ProductDataModule, holds_out, training_rows
 from ..models.embeddings import fast_dtype
 from ..stats.metrics import check_learnt, scores

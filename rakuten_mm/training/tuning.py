@@ -11,13 +11,15 @@ import hashlib, json, time
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-import numpy as np, optuna, pandas as pd, torch
+import optuna, pandas as pd, torch
 import pytorch_lightning as pl
 from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm import tqdm
-from ..core.config import TrainConfig, from_dict, n_threads, artifacts_dir, write_config
+from ..core.config import TrainConfig, from_dict, write_config
+from ..core.process import n_threads
+from ..core.environment import artifacts_dir
 from ..data.dataset import Dataset
 from .datamodule import ProductDataModule
 from ..stats.metrics import scores
