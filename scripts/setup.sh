@@ -19,3 +19,4 @@ if [ "$(cat .venv/.installed 2>/dev/null)" != "$stamp" ]; then
     echo "$stamp" > .venv/.installed
 fi
 export PATH="$PWD/.venv/bin:$PATH"
+scripts/hooks.sh || say "the hooks for notebooks could not be installed; nothing else needs them"
