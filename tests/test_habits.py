@@ -42,8 +42,8 @@ def test_decisions_are_in_the_index():
 def test_github_can_read_it(pattern):
     files = [str(p) for p in ROOT.glob(pattern)]
     assert files
-    command = [sys.executable, '-m', 'check_jsonschema', '--builtin-schema', SCHEMAS[pattern], '--default-filetype', 'yaml']
-    done = subprocess.run([*command, *files], capture_output=True, text=True)
+    schema = '--builtin-schema', SCHEMAS[pattern], '--default-filetype', 'yaml'
+    done = subprocess.run([sys.executable, '-m', 'check_jsonschema', *schema, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
