@@ -88,7 +88,7 @@ def runs(ctx, limit, pipeline, as_json):
     import json
     from zenml_pipelines.history import History
     if ctx.invoked_subcommand: return
-    found = History().runs(limit, pipeline)
+    found = History().runs(limit, pipeline=pipeline)
     for r in found: click.echo(json.dumps(vars(r)) if as_json else line(r))
     if not found and not as_json: click.echo('nothing was run yet')
 
@@ -98,7 +98,7 @@ def runs(ctx, limit, pipeline, as_json):
 @click.option('--gone-host', 'hosts', multiple=True, help='A machine that will not come back; its runs are gone too.')
 def abandon(dry_run, hosts):
     "Mark runs whose process is gone, in the run history, ZenML and MLflow."
-    from zenml_pipelines.abandoned import abandon
+    from zenml_pipelines.orphaned import abandon
     found = abandon(dry_run, hosts)
     for r in found.ended: click.echo(f"{'would mark' if dry_run else 'marked'} {r}")
     for r in found.unknown: click.echo(f'left alone {r}')
