@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CAUSES', 'NUMBERS', 'ADVICE', 'Thresholds', 'TestResult', 'test_shifts', 'adjust', 'candidate_explanations',
-           'explained', 'DriftReport', 'explain', 'detect', 'shift_figure', 'mix_figure', 'request_retraining']
+           'explained', 'DriftReport', 'explain_shifts', 'detect', 'shift_figure', 'mix_figure', 'request_retraining']
 
 # %% ../../nbs/lib/monitoring/02_drift.ipynb #c04c55b0
 import json
@@ -142,7 +142,7 @@ def summary(self:DriftReport)->str:
     return '\n'.join(out)
 
 # %% ../../nbs/lib/monitoring/02_drift.ipynb #418f6c40
-def explain(
+def explain_shifts(
     found:list[TestResult], # Without an explanation
     tries:dict[tuple, list[TestResult]], # From `candidate_explanations`
 )->tuple[list[str], list[TestResult], float|None]: # Causes, what they leave, and the share that is explained
@@ -169,7 +169,7 @@ def detect(
     if len(win) < least: return DriftReport(len(ref), len(win), [], 'wait')
     base = to_mix(ref, ref.mix)
     found = test_shifts(ref, win, base, levels)
-    causes,left,share = explain(found, candidate_explanations(ref, win, {s.cause for s in found if s.alarm}, levels))
+    causes,left,share = explain_shifts(found, candidate_explanations(ref, win, {s.cause for s in found if s.alarm}, levels))
     before = np.average(ref.probs, axis=0, weights=base)
     em,bbse = em_priors(win.probs, before, 20.), bbse_priors(ref.probs, ref.labels, win.probs)
     if CAUSES[1] in causes: em = np.bincount(ref.labels, to_estimate(ref, win, True), minlength=len(em))/len(ref)
