@@ -15,7 +15,8 @@ from conftest import ROOT, running_server
 from rakuten_mm.cli.main import cli
 from rakuten_mm.core.config import preset
 from rakuten_mm.core.files import sha256_file
-from rakuten_mm.core.tracking import alias_version, mlflow_client, register_bundle, resolve_model, tracked_run
+from rakuten_mm.core.tracking import mlflow_client, tracked_run
+from rakuten_mm.registry.versions import alias_version, register_bundle, resolve_model
 from rakuten_mm.data.dataset import Dataset
 from rakuten_mm.data.feedback import text_hash
 from rakuten_mm.data.ingestion import ingest
@@ -98,7 +99,7 @@ def test_a_month_of_the_loop(months):
         version = lambda: client.get('/version').json()['model_version']
         assert version() == f'rakuten-mm/{before}'
         steps = run_retraining(home, second, url)
-        assert {'fetch', 'ingest', 'collect', 'ingest_corrections', 'news', 'train', 'evaluate', 'promote'} <= steps
+        assert {'fetch', 'ingest', 'collect_feedback', 'ingest_corrections', 'check_new_data', 'train', 'evaluate', 'promote'} <= steps
         after = alias_version('champion')
         df = Dataset.open(home/'data').products.set_index('productid')
         assert df.prdtypecode[product] == 2583 and (df.index >= FEEDBACK_ID_BASE).sum() == 1 and (df.split[df.index >= FEEDBACK_ID_BASE] == 'train').all()
@@ -120,4 +121,4 @@ def test_nothing_new_ends_quickly(months):
     home,second,_ = months
     versions = len(mlflow_client().search_model_versions("name='rakuten-mm'"))
     steps = run_retraining(home, second, f"sqlite:///{home/'feedback.db'}")
-    assert 'train' not in steps and 'news' in steps and len(mlflow_client().search_model_versions("name='rakuten-mm'")) == versions
+    assert 'train' not in steps and 'check_new_data' in steps and len(mlflow_client().search_model_versions("name='rakuten-mm'")) == versions

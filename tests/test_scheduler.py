@@ -17,15 +17,15 @@ from conftest import ROOT
 from filelock import FileLock
 
 from rakuten_mm.cli.main import cli
-from rakuten_mm.core.config import artifacts_dir
+from rakuten_mm.core.environment import artifacts_dir
 from rakuten_mm.core.process import ended, identity_of
 from rakuten_mm.core.tracking import mlflow_client, tracked_run
 from rakuten_mm.sources.fetch import STATE, WHOLE
 from rakuten_mm.synthetic.catalogue import synthesize
-from zenml_pipelines.history import History, Run, scheduler_dir
-from zenml_pipelines.runner import Runner, take
+from zenml_pipelines.history import BY_HAND, RUN_ID, History, Run, scheduler_dir
+from zenml_pipelines.runner import Runner, lock_path
 from zenml_pipelines.schedule import native_schedules, read_schedule
-from zenml_pipelines.scheduler import Scheduler, health, request_path
+from zenml_pipelines.scheduler import KILLS, Scheduler, health, request_path
 
 DAY = 86_400
 MONDAY = datetime(2026, 3, 2, tzinfo=UTC).timestamp()
@@ -128,7 +128,7 @@ def test_run_is_recorded(home):
     assert (run.outcome, run.exit_code, run.why) == ('failed', 3, 'by hand') and .5 < run.ended-run.started < 20
     assert Path(run.log).read_bytes() == b'got one\rgot two\nend' and '[check] got two' in said and '[check] end' in said and not cleaned
     kept = History().runs()[0]
-    assert kept == run and not run.exit_path.exists()
+    assert kept == run
     assert runner(s, '').run(s.jobs[0], 'by hand').outcome == 'ok'
     shown = CliRunner().invoke(cli, ['runs']).output.splitlines()
     assert len(shown) == 2 and 'ok' in shown[0] and 'exit 3' in shown[1] and 'by hand' in shown[1]
@@ -206,10 +206,10 @@ def test_two_schedulers_run_what_is_due_once(home):
 def test_time_is_not_lost_to_one_that_never_starts(home):
     "Whoever holds the lock may still step back; the job stays due until somebody has started it."
     c = Clock(schedule(home)); c.tick()
-    lock = take('api_check.lock')
-    c.tick(DAY)
-    assert outcomes() == []
-    os.close(lock); c.tick(1)
+    with FileLock(lock_path('api_check')):
+        c.tick(DAY)
+        assert outcomes() == []
+    c.tick(1)
     assert outcomes() == ['ok']
 
 
@@ -309,19 +309,21 @@ def test_registry_is_asked(home):
 
 def test_request(home):
     "Starts the job, is gone when that has begun, and is not lost while a run is at work or the scheduler is stopped."
-    go = home/'go'
-    c = Clock(schedule(home), f'import time, pathlib\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(.02)')
+    go,s = home/'go', schedule(home)
+    c = Clock(s, f'import time, pathlib\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(.02)')
     path = request_path('check'); path.parent.mkdir(parents=True)
     path.write_text('{"why": "categories moved", "asked_at": 1}')
     c.it.tick()
     assert at_work().why == 'categories moved' and not path.exists()
-    path.write_text('{"why": "moved ag')
+    path.write_text('{"why": "moved again"}')
     c.it.tick(); assert path.exists()
     go.touch(); until(lambda: not c.it.active); go.unlink()
     c.it.tick(); at_work()
     assert not path.exists()
     c.it.stopping.set(); until(lambda: not c.it.active)
-    assert path.read_text() == '{"why": "moved ag' and outcomes() == ['ok', 'stopped']
+    assert outcomes() == ['ok', 'stopped']
+    again = Clock(s); again.tick(); path.write_text('{"why": "torn'); again.tick()
+    assert [(r.why, r.outcome) for r in History().runs(2)] == [('request', 'ok'), ('moved again', 'ok')]
 
 
 # Its own end
@@ -331,7 +333,7 @@ import sys, logging
 from zenml_pipelines.runner import Runner
 from zenml_pipelines.schedule import read_schedule
 from zenml_pipelines.scheduler import Scheduler
-from rakuten_mm.cli.operations import stop_on_signal
+from zenml_pipelines.cli import stop_on_signal
 logging.basicConfig(stream=sys.stdout, level=logging.INFO)
 s = read_schedule(sys.argv[1])
 it = Scheduler(s, Runner(s, lambda job: [sys.executable, '-c', sys.argv[2]], clean_up=lambda: None), lambda: True, tick_s=.1)
@@ -367,28 +369,42 @@ def test_sigterm(home):
 
 
 def test_killed_scheduler(home):
-    "Its run goes on, is not started a second time, and its end is in the record, exit code and all."
+    "Its run is killed with it, and what that had started at the latest by the next one, which starts the run again."
     s = schedule(home); missed()
-    it = service(home, f'import time, pathlib\nwhile not pathlib.Path({str(home/"go")!r}).exists(): time.sleep(.02)\nraise SystemExit(4)')
+    it = service(home, NEST % str(home/'pid'))
     run = at_work()
+    child = int(until(lambda: (home/'pid').exists() and (home/'pid').read_text()))
     it.kill(); it.communicate()
+    until(lambda: gone(run.pid))
+    assert outcomes() == ['running'] and History().end_orphans(dry=True)[0] == [run.end('abandoned', note='its process is gone', ended=Path(run.log).stat().st_mtime)]
     c = Clock(s, at=time.time()); c.tick()
-    assert runner(s).run(s.jobs[0], 'second').outcome == 'refused' and not run.is_gone()
-    (home/'go').touch(); until(run.is_gone)
-    c.tick(31)
-    kept = next(r for r in History().runs() if r.id == run.id)
-    assert (kept.outcome, kept.exit_code) == ('failed', 4) and 'no scheduler watched' in kept.note
-    assert runner(s).run(s.jobs[0], 'third').outcome == 'ok'
+    assert gone(child) and [(r.outcome, r.why, r.scheduled) for r in History().runs()] == [(o, 'schedule', run.scheduled) for o in ('ok', 'abandoned')]
+    c.tick(1); assert len(outcomes()) == 2
 
 
-def test_killed_scheduler_leaves_a_run_that_hangs(home):
-    "The next one keeps it to its time limit."
-    s = schedule(home, dict(timeout_s=30), grace_s=.5); missed()
-    it = service(home, 'import time; time.sleep(60)')
-    run = at_work()
-    it.kill(); it.communicate()
-    c = Clock(s, at=time.time()); c.tick(); assert not run.is_gone()
-    c.tick(40); assert run.is_gone() and outcomes() == ['timed out']
+def test_run_that_kills_the_machine_is_not_repeated_for_ever(home):
+    "What was killed so often in a row waits for its time; what was stopped does not count, what was started by hand is not repeated."
+    s,h,n = schedule(home, dict(at_start='until_champion')), History(), iter(range(99))
+    (home/'raw').mkdir(); (home/'raw'/'X_train_update.csv').touch()
+    def past(*ended, why='no champion yet'):
+        for outcome in ended: h.save(Run('check', 'api_check', why, started=1e9+next(n)).end(outcome))
+    past('failed', *['abandoned', 'stopped']*(KILLS-1), 'refused')
+    c = Clock(s, 'raise SystemExit(1)', lambda: False); c.tick()
+    assert outcomes()[-1] == 'failed' and len(outcomes()) == 2*KILLS+1
+    past('stopped', 'abandoned', why=BY_HAND)
+    c.tick(1); assert outcomes()[0] == 'failed' and len(outcomes()) == 2*KILLS+3  # the latest is the one that failed
+    for r in h.runs(-1): h.save(r.end('abandoned'))
+    c.tick(3600); assert len(outcomes()) == 2*KILLS+3
+    c.tick(3600); assert len(outcomes()) == 2*KILLS+4 and h.runs(1)[0].why == 'schedule'
+
+
+def test_run_by_hand_ends_with_its_terminal(home):
+    "It is not started again."
+    s = schedule(home)
+    h = History()
+    h.save(Run('check', 'api_check', BY_HAND, watcher=1, watcher_started=1.))
+    c = Clock(s); c.tick(); c.tick(60)
+    assert outcomes() == ['abandoned']
 
 
 def test_heartbeat(home):
@@ -430,11 +446,11 @@ def test_locked_history(home, monkeypatch):
 def test_history_of_another_host(home):
     "Is for that host to say, or for whoever knows that it is gone."
     h = History()
-    for host in ('elsewhere', identity_of().host): h.save(Run('x', 'x', 'x', pid=1, process_started=1., watcher=1, watcher_started=1., host=host, log='/nowhere'))
-    done,unknown = h.settle()
-    assert [r.outcome for r in done] == ['abandoned'] and [r.host for r in unknown] == ['elsewhere']
-    assert [r.host for r in h.settle(('elsewhere',), dry=True)[0]] == ['elsewhere'] and h.settle()[1]
-    assert [r.host for r in h.settle(('elsewhere',))[0]] == ['elsewhere'] and not h.settle()[1]
+    for host in ('elsewhere', identity_of().host): h.save(Run('x', 'x', 'x', watcher=1, watcher_started=1., host=host, log='/nowhere'))
+    orphans,unknown = h.end_orphans()
+    assert [r.outcome for r in orphans] == ['abandoned'] and [r.host for r in unknown] == ['elsewhere']
+    assert [r.host for r in h.end_orphans(('elsewhere',), dry=True)[0]] == ['elsewhere'] and h.end_orphans()[1]
+    assert [r.host for r in h.end_orphans(('elsewhere',))[0]] == ['elsewhere'] and not h.end_orphans()[1]
 
 
 # ZenML
@@ -448,10 +464,10 @@ def stack(environment):
 
 @pytest.mark.system
 def test_f45_killed_pipeline_run(stack, home, monkeypatch):
-    "What is at work is left alone; after `kill -9` the run history, ZenML and MLflow are told, the kernel is gone, and the next run is unaffected."
+    "A run at work is left alone; after `kill -9` it is gone with its kernel, the records are told, and the next run is unaffected."
     from zenml.client import Client
 
-    from zenml_pipelines.abandoned import abandon, running_mlflow
+    from zenml_pipelines.orphaned import abandon, running_mlflow
     monkeypatch.chdir(ROOT); monkeypatch.setenv('MLFLOW_TRACKING_URI', stack)
     raw = synthesize(home/'raw', 60, 5, progress=False)
     (raw/STATE).mkdir()
@@ -461,23 +477,21 @@ def test_f45_killed_pipeline_run(stack, home, monkeypatch):
     before = len(abandon().unknown)
     with FileLock(raw/STATE/'lock'), subprocess.Popen(trigger, stdout=subprocess.DEVNULL) as it:  # the notebook waits for the lock
         try:
-            run = at_work(60)
-            below = lambda: psutil.Process(run.pid).children(recursive=True)
-            kernel = until(lambda: [p for p in below() if not ended(p) and 'ipykernel_launcher' in p.cmdline()], 180)[0]
+            at_work(60)
+            below = lambda: psutil.Process(it.pid).children(recursive=True)
+            until(lambda: [p for p in below() if not ended(p) and 'ipykernel_launcher' in p.cmdline()], 180)
             name,mlflow = next((r.info.run_name, r.info.run_id) for r in running_mlflow() if r.info.run_name.startswith('ingestion-'))
             found = abandon()
             assert (found.ended, found.alive, found.errors) == ([], 3, [])
-            for p in below():
-                if p != kernel: p.kill()
-            psutil.Process(run.pid).kill()
+            family = below()
         finally: it.kill()
-        until(lambda: ended(kernel))
+        until(lambda: all(map(ended, family)))
     with tracked_run(name='at work') as live:
         tried = CliRunner().invoke(cli, ['runs', 'abandon', '--dry-run'])
         assert tried.exit_code == 0 and tried.output.count('would mark') == 3, tried.output
         assert mlflow_client().get_run(mlflow).info.status == 'RUNNING' and outcomes() == ['running']
         marked = CliRunner().invoke(cli, ['runs', 'abandon'])
-        assert marked.exit_code == 0 and f'3 left behind, 1 at work, {before} nobody' in marked.output, marked.output
+        assert marked.exit_code == 0 and f'3 orphaned, 1 at work, {before} nobody' in marked.output, marked.output
         assert mlflow_client().get_run(live).info.status == 'RUNNING'
     killed = mlflow_client().get_run(mlflow)
     assert killed.info.status == 'KILLED' and killed.data.tags['abandoned'] == 'its process is gone'

@@ -1,11 +1,13 @@
-"""ZenML pipelines: `zenml pipeline run zenml_pipelines.training -c zenml_pipelines/configs/training.yaml -s rakuten_local`.
+"""ZenML pipelines.
+
+    zenml pipeline run zenml_pipelines.training -c zenml_pipelines/configs/training.yaml -s rakuten_local
 
 The pipelines are imported when asked for, because importing ZenML takes seconds that `run_notebook` does not need.
 """
 from dataclasses import asdict
 from importlib import import_module
 
-from rakuten_mm.core.config import load_environment
+from rakuten_mm.core.environment import load_environment
 
 load_environment()
 
@@ -15,5 +17,6 @@ PIPELINES = ('ingestion', 'training', 'retraining', 'drift', 'api_check')
 def __getattr__(name):
     if name not in PIPELINES: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     from rakuten_mm.core.process import identity_of
-    # Whose process a run is, from its first moment on: `rakuten-mm runs abandon` looks for those that are gone.
-    return getattr(import_module(f'{__name__}.pipelines.{name}'), name).with_options(extra=dict(process=asdict(identity_of())))
+    made = getattr(import_module(f'{__name__}.pipelines.{name}'), name)
+    # A run names its process from its first moment on: `rakuten-mm runs abandon` looks for those that are gone.
+    return made.with_options(extra=dict(process=asdict(identity_of())))

@@ -1,4 +1,4 @@
-"""What a step knows of the run it belongs to."""
+"""The run that a step belongs to: its MLflow run and its folder."""
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import mlflow
 from zenml import get_step_context
 
-from rakuten_mm.core.config import artifacts_dir
+from rakuten_mm.core.environment import artifacts_dir
 from rakuten_mm.core.process import identity_of
 
 
@@ -26,4 +26,5 @@ def step_run(
         os.environ['MLFLOW_TRACKING_URI'] = mlflow.get_tracking_uri()
         mlflow.set_tags(identity_of().tags())
     context = get_step_context()
-    return StepRun(run.info.run_id if run else '', artifacts_dir()/'runs'/context.pipeline_run.name/context.step_run.name)
+    out_dir = artifacts_dir()/'runs'/context.pipeline_run.name/context.step_run.name
+    return StepRun(run.info.run_id if run else '', out_dir)

@@ -1,7 +1,8 @@
-"""What was run when, for how long, and how it ended.
+"""Records of runs: when they ran, for how long, and how they ended.
 
-One row a run, in SQLite beside the runs' logs. Several processes write: schedulers, and people who trigger a run by hand. None of
-them may fail for want of a record, so a row that cannot be written waits in memory, and a torn database is put aside for a new one.
+One row a run, in SQLite beside the runs' logs. Several processes write: schedulers, and people who trigger a run by
+hand. None of them may fail for want of a record, so a row that cannot be written waits in memory, and a torn database
+is put aside for a new one.
 """
 import logging
 import os
@@ -9,20 +10,27 @@ import socket
 import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import astuple, dataclass, field, fields
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
-from rakuten_mm.core.config import artifacts_dir
+import psutil
+
+from rakuten_mm.core.environment import artifacts_dir
 from rakuten_mm.core.process import ProcessIdentity, identity_of, is_gone
 
 log = logging.getLogger('rakuten_mm.history')
 OUTCOMES = ('running', 'ok', 'failed', 'timed out', 'stopped', 'refused', 'abandoned')
+INTERRUPTED = ('stopped', 'abandoned') # Ended with its scheduler, which was asked to end or was killed
+BY_HAND = 'by hand' # Why a run was started that no scheduler starts again
+RUN_ID = 'RAKUTEN_MM_RUN' # Variable by which the processes of a run are known, whoever their parent is by now
 
 
 def scheduler_dir()->Path:
-    "Where the scheduler keeps its records, logs and locks."
+    "Folder of the scheduler's records, logs and locks."
     return artifacts_dir()/'scheduler'
 
 
@@ -43,26 +51,28 @@ class Run:
     pid:int|None = None
     process_started:float|None = None
     host:str = field(default_factory=socket.gethostname)
-    watcher:int = field(default_factory=os.getpid) # Who waits for it
+    watcher:int = field(default_factory=os.getpid) # Its scheduler, or who triggered it
     watcher_started:float = field(default_factory=lambda: identity_of().started)
 
-    def is_left(self, gone_hosts:tuple[str, ...] = ())->bool|None: # None if nobody here can tell
-        "Whether nobody waits for it any more."
+    def is_orphaned(self, gone_hosts:tuple[str, ...] = ())->bool|None: # None if nobody here can tell
+        "True if its scheduler is gone, and it with it."
         return is_gone(ProcessIdentity(self.watcher, self.watcher_started, self.host), gone_hosts)
 
-    def is_gone(self, gone_hosts:tuple[str, ...] = ())->bool|None: # None if nobody here can tell
-        "Whether its process has ended."
-        return is_gone(ProcessIdentity(self.pid, self.process_started, self.host), gone_hosts)
-
     @property
-    def exit_path(self)->Path:
-        "Where the run's shell leaves the exit code, for whoever looks when nobody waited for it."
-        return Path(self.log).with_suffix('.exit')
+    def seconds(self)->float:
+        "Its duration so far."
+        return (self.ended or time.time())-self.started
 
     def end(self, outcome:str, exit_code:int|None = None, note:str = '', ended:float|None = None)->'Run':
         "Note how it ended."
         self.outcome,self.exit_code,self.note,self.ended = outcome, exit_code, note, ended or time.time()
         return self
+
+    def kill(self):
+        "Kill what it has left running."
+        for p in psutil.process_iter(['environ']):
+            if (p.info['environ'] or {}).get(RUN_ID) == self.id:
+                with suppress(psutil.NoSuchProcess): p.kill()
 
 
 COLUMNS = [f.name for f in fields(Run)]
@@ -80,7 +90,7 @@ class History:
     ):
         self.path = path or scheduler_dir()/'runs.sqlite'
         self.waiting:dict[str, Run] = {}  # rows that could not be written yet, by id
-        self.until:dict[str, tuple[str, float]] = {}  # what this process knows of table `jobs`, if it cannot be written
+        self.until:dict[str, tuple[str, float]] = {}  # this process's own table `jobs`, if it cannot be written
 
     def connect(self)->sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,8 +98,9 @@ class History:
         c.executescript('pragma journal_mode=wal; pragma synchronous=normal;'+SCHEMA)
         return c
 
-    def attempt(self, act:Callable, default=None):
-        "The result of `act(connection)`, or `default`, with a line in the log, when the database does not play along."
+    def attempt(self, act:Callable, default:Any=None):
+        "The result of `act(connection)`, or `default`, with a line in the log, if the database does not play along."
+        why:Exception|None = None
         for again in (True, False):
             try:
                 with closing(self.connect()) as c: return act(c)
@@ -105,8 +116,8 @@ class History:
         kept = self.path.with_name(f'{self.path.name}.torn-{time.strftime("%Y%m%dT%H%M%S")}')
         log.error('%s is damaged; it is kept as %s and a new one begun', self.path, kept.name)
         for p in (self.path, *self.path.parent.glob(f'{self.path.name}-*')):
-            try: p.rename(kept if p == self.path else kept.with_name(kept.name+p.name.removeprefix(self.path.name)))
-            except FileNotFoundError: pass  # another process was quicker
+            with suppress(FileNotFoundError):  # another process was quicker
+                p.rename(kept.with_name(kept.name+p.name.removeprefix(self.path.name)))
 
     def save(self, run:Run):
         "Write a row, now or later."
@@ -115,39 +126,47 @@ class History:
 
     def flush(self):
         "Write what waits."
-        rows = list(self.waiting.values())
-        marks = ', '.join('?'*len(COLUMNS))
-        if rows and self.attempt(lambda c: c.executemany(f'insert or replace into runs ({", ".join(COLUMNS)}) values ({marks})', map(astuple, rows))):
+        rows,marks = list(self.waiting.values()), ', '.join('?'*len(COLUMNS))
+        query = f'insert or replace into runs ({", ".join(COLUMNS)}) values ({marks})'
+        if rows and self.attempt(lambda c: c.executemany(query, map(astuple, rows))):
             for r in rows: self.waiting.pop(r.id, None)
 
-    def runs(self, limit:int = 20, pipeline:str = '', outcome:str = '')->list[Run]:
+    def runs(self,
+        limit:int = 20, # -1: all
+        also:str = 'true', # Condition, as SQL
+        **equal:str, # Values of columns; one that is empty does not count
+    )->list[Run]:
         "The latest first."
         self.flush()
-        where = [f'{k} = ?' for k,v in (('pipeline', pipeline), ('outcome', outcome)) if v]
-        query = f'select {", ".join(COLUMNS)} from runs'+(f' where {" and ".join(where)}' if where else '')+' order by started desc limit ?'
-        rows = self.attempt(lambda c: c.execute(query, [v for v in (pipeline, outcome) if v]+[limit]).fetchall(), [])
+        equal = {k: v for k,v in equal.items() if v}
+        where = ' and '.join([also, *(f'{k} = ?' for k in equal)])
+        query = f'select {", ".join(COLUMNS)} from runs where {where} order by started desc limit ?'
+        rows = self.attempt(lambda c: c.execute(query, [*equal.values(), limit]).fetchall(), [])
         return [Run(**dict(zip(COLUMNS, r, strict=True))) for r in rows]
 
-    def settle(self, gone_hosts:tuple[str, ...] = (), dry:bool = False)->tuple[list[Run], list[Run]]: # What was settled, what nobody can tell
-        "End the rows of runs whose process is gone and that nobody waited for: by the exit code they left, or as abandoned."
-        done,unknown = [], []
+    def interrupted(self, job:str)->list[Run]: # The latest first
+        "Runs that ended with their scheduler since one of the job's ended by itself; those by hand do not count."
+        counts = f"outcome != 'refused' and not (outcome in {INTERRUPTED} and why = '{BY_HAND}')"
+        return list(takewhile(lambda r: r.outcome in INTERRUPTED, self.runs(20, counts, job=job)))
+
+    def end_orphans(self,
+        gone_hosts:tuple[str, ...] = (), # Machines that are known not to come back
+        dry:bool = False, # Only look
+    )->tuple[list[Run], list[Run]]: # Those that have ended, and those that nobody here can tell
+        "End runs whose scheduler is gone: their rows, and whatever they have left running."
+        orphans,unknown = [], []
         for r in self.runs(-1, outcome='running'):
-            gone = r.is_left(gone_hosts) and r.is_gone(gone_hosts)
+            gone = r.is_orphaned(gone_hosts)
             if gone is None: unknown.append(r)
             if not gone: continue
-            try: code = int(r.exit_path.read_text())
-            except (OSError, ValueError): code = None
             try: last = Path(r.log).stat().st_mtime
             except OSError: last = None
-            if code is None: r.end('abandoned', note='its process is gone', ended=last)
-            else: r.end('failed' if code else 'ok', code, 'ended while no scheduler watched', last)
-            done.append(r)
-            if dry: continue
-            self.save(r)
-        return done, unknown
+            orphans.append(r.end('abandoned', note='its process is gone', ended=last))
+            if not dry: r.kill(); self.save(r)
+        return orphans, unknown
 
     def claimed_until(self, job:str, cron:str, now:float)->float:
-        "Up to when runs of a job have been started or refused; a job that is new or has another cron expression begins now."
+        "Time up to which runs of a job were started or refused; a job that is new or has another cron begins now."
         row = self.attempt(lambda c: c.execute('select cron, until from jobs where name = ?', (job,)).fetchone())
         known = [u for c,u in filter(None, (row, self.until.get(job))) if c == cron]
         if known and max(known) < now+60: return min(max(known), now)

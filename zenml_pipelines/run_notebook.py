@@ -19,12 +19,13 @@ class NotebookError(RuntimeError):
 
 def check_parameters(
     src:Path, # Run notebook
-    params:dict, # What it is asked to run with
+    params:dict, # Overrides of its parameters
 ):
     "Raises `TypeError` before any work unless `src` declares every name in `params`."
     cells = nbformat.read(src, as_version=4).cells
     if not any('parameters' in c.metadata.get('tags', []) for c in cells):
-        raise TypeError(f'{src.name} has no cell tagged `parameters`; papermill would inject values that the defaults overwrite')
+        raise TypeError(f'{src.name} has no cell tagged `parameters`; '
+                        'papermill would inject values that the defaults overwrite')
     known = pm.inspect_notebook(src)
     unknown = sorted(params.keys() - known.keys())
     if unknown: raise TypeError(f"{src.name} has no parameter {', '.join(unknown)}; it has {', '.join(known)}")
@@ -43,7 +44,9 @@ def keep(
     if not nb.exists(): return
     # The page is for readers, so it leaves the code to the notebook beside it.
     # Progress bars rewrite their line on stderr: keep the last state of each, and do not colour it like an error.
-    html,_ = HTMLExporter(preprocessors=[CoalesceStreamsPreprocessor(enabled=True)], exclude_input=True, exclude_output_prompt=True).from_filename(str(nb))
+    exporter = HTMLExporter(preprocessors=[CoalesceStreamsPreprocessor(enabled=True)], exclude_input=True,
+                            exclude_output_prompt=True)
+    html,_ = exporter.from_filename(str(nb))
     nb.with_suffix('.html').write_text(html.replace('</head>', f'{STYLE}</head>', 1), encoding='utf-8')
     if run_id:
         from rakuten_mm.core.tracking import mlflow_client
@@ -57,10 +60,11 @@ def run_notebook(
     timeout_s:int|None=None, # Longest time for one cell
     progress:bool=True, # Show papermill's progress bar
     **params, # Overrides for the cell tagged `parameters`
-)->dict: # What the notebook wrote to `result.json`
-    "Execute `name` with `params`; raises `TypeError` for an unknown parameter, `NotebookError` unless it ran to its end."
+)->dict: # Content of `result.json`, which the notebook wrote
+    "Execute `name`; raises `TypeError` for an unknown parameter, `NotebookError` unless it ran to its end."
     src,out_dir = RUNS/f'{name}.ipynb',Path(out_dir).resolve()
-    params = {k: os.fspath(v) if isinstance(v, Path) else v for k,v in params.items()} | dict(run_id=run_id, out_dir=str(out_dir))
+    params |= dict(run_id=run_id, out_dir=out_dir)
+    params = {k: os.fspath(v) if isinstance(v, Path) else v for k,v in params.items()}
     check_parameters(src, params)
     out_dir.mkdir(parents=True, exist_ok=True)
     result = out_dir/'result.json'
@@ -68,7 +72,8 @@ def run_notebook(
     try:
         pm.execute_notebook(src, out_dir/src.name, params, cwd=Path.cwd(), progress_bar=progress, kernel_name='python3',
                             execution_timeout=timeout_s, stderr_file=None)
-    except PapermillExecutionError as e: raise NotebookError(f'{src.name}, cell {e.exec_count}: {e.ename}: {e.evalue}') from e
+    except PapermillExecutionError as e:
+        raise NotebookError(f'{src.name}, cell {e.exec_count}: {e.ename}: {e.evalue}') from e
     except Exception as e: raise NotebookError(f'{src.name}: {type(e).__name__}: {e}') from e  # dead kernel, timeout
     finally: keep(out_dir, name, run_id)
     # A killed kernel can leave a notebook that looks fine: only its last act counts.

@@ -1,73 +1,81 @@
-"""One run of a job: the locks it needs, the process it is, its time limit, and what is written down of it.
+"""One run of a job: the locks it needs, its process, its time limit, and its record.
 
-The process goes on if whoever started it dies, and holds the locks until it ends.
+The process ends with whoever started it, so the locks are theirs, and the next scheduler starts it again.
 """
-import fcntl
+import ctypes
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from filelock import FileLock, Timeout
 
 from rakuten_mm.core.process import end_tree, identity_of
-from zenml_pipelines.history import History, Run, scheduler_dir
+from zenml_pipelines.history import RUN_ID, History, Run, scheduler_dir
 from zenml_pipelines.schedule import Job, Schedule
 
 log = logging.getLogger('rakuten_mm.scheduler')
 KEPT_LOGS = 500 # The newest; older ones are deleted
+LIBC = ctypes.CDLL(None)
 
 
-class Locked(Exception):
-    "Somebody else holds the lock."
+def lock_path(name:str)->Path:
+    "File of one of the scheduler's locks: a pipeline's name, or `alone`."
+    return scheduler_dir()/'locks'/f'{name}.lock'
 
 
-def take(
-    name:str,
-    stopping:threading.Event|None = None, # Wait until this is set; None does not wait
-    waits:Callable = lambda: None, # Called once if it has to wait
-)->int: # File descriptor; closing it everywhere, in children too, lets go
-    "Take one of the scheduler's locks; raises `Locked`."
-    path = scheduler_dir()/'locks'/name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd,told = os.open(path, os.O_RDWR | os.O_CREAT, 0o644), False
-    while True:
-        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); return fd
-        except BlockingIOError:
-            if stopping is None or stopping.is_set(): os.close(fd); raise Locked(name) from None
-        if not told: waits(); told = True
-        stopping.wait(.2)
+def die_with_parent():
+    "Where the system can, be killed with the thread that started this process; elsewhere the next scheduler does it."
+    if sys.platform == 'linux': LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def call(command:list[str], stopping:threading.Event, timeout_s:float = 300)->tuple[int, str]: # Exit code and output
+def start(command:list[str], out, **env)->subprocess.Popen:
+    "Start a process that prints to a file."
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+                            start_new_session=True, preexec_fn=die_with_parent, env=os.environ | env)
+
+
+def watch(
+    child:subprocess.Popen,
+    limit_s:float,
+    stopping:threading.Event, # Ends the process when it is set
+    grace_s:float = 1, # Between asking it to end and killing it
+    meanwhile:Callable[[], None] = lambda: None, # Called again and again
+)->str: # `timed out`, `stopped`, or empty if it ended by itself
+    "Wait for a process, or end it with all below it."
+    why,end = '', time.monotonic()+limit_s
+    while child.poll() is None and not why:
+        meanwhile()
+        why = 'timed out' if time.monotonic() > end else 'stopped' if stopping.wait(.1) else ''
+    if why: end_tree(child.pid, grace_s)
+    child.wait()
+    return why
+
+
+def call(command:list[str], stopping:threading.Event, limit_s:float = 300)->tuple[int, str]: # Exit code and output
     "Run something short in a process of its own, so that neither its memory nor its failing is ours."
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as child:
-        killer = threading.Thread(target=lambda: _kill_when(child, stopping, timeout_s), daemon=True); killer.start()
-        out = child.stdout.read()
-    return child.returncode, out.strip()
-
-
-def _kill_when(child:subprocess.Popen, stopping:threading.Event, timeout_s:float):
-    end = time.monotonic()+timeout_s
-    while child.poll() is None and not stopping.wait(.2):
-        if time.monotonic() > end: break
-    if child.poll() is None: end_tree(child.pid, 1)
-
-
-# The shell outlives a scheduler that is killed, and leaves the exit code where the next one finds it. It catches the signal that its
-# whole group gets, or it would be gone before the pipeline has ended.
-SHELL = ['/bin/sh', '-c', 'trap : TERM INT; "$@"; code=$?; echo $code > "$0"; exit $code']
+    with TemporaryFile() as out:
+        child = start(command, out)
+        watch(child, limit_s, stopping)
+        out.seek(0)
+        return child.returncode, out.read().decode(errors='replace').strip()
 
 
 class Runner:
     "Runs jobs, and writes down how they ended."
     def __init__(self,
         schedule:Schedule,
-        command:Callable[[Job], list[str]]|None = None, # What runs a job; default: `zenml pipeline run`
+        command:Callable[[Job], list[str]]|None = None, # Runs a job; default: `zenml pipeline run`
         say:Callable[[str], None] = log.info, # Gets what happens, and what runs print
-        clean_up:Callable[[], None]|None = None, # Called after a run that was killed; default: `rakuten-mm runs abandon`
+        clean_up:Callable[[], None]|None = None, # After a run that was killed; default: `rakuten-mm runs abandon`
     ):
         self.schedule,self.command,self.say = schedule, command or schedule.command, say
         self.history,self.stopping,self.clean_up = History(), threading.Event(), clean_up or self._abandon
@@ -75,29 +83,34 @@ class Runner:
     def _abandon(self):
         code,out = call([sys.executable, '-m', 'rakuten_mm', 'runs', 'abandon'], self.stopping)
         if out: self.say(out)
-        if code: log.error('runs left behind could not be marked: exit code %s', code)
+        if code: log.error('orphaned runs could not be marked: exit code %s', code)
+
+    def _take(self, name:str, job:Job, wait:bool):
+        "Take a lock; raises `Timeout` if it may not wait, or the scheduler stops."
+        lock,told = FileLock(lock_path(name)), False
+        while True:
+            try: return lock.acquire(timeout=.2 if told else 0)
+            except Timeout:
+                if not wait or self.stopping.is_set(): raise
+                if not told: self.say(f'{job.name} waits until another run has ended'); told = True
 
     def run(self,
         job:Job,
         why:str, # What started it
         scheduled:float|None = None, # When it was due
         wait:bool = False, # For another run of the same pipeline, rather than be refused
-        claim:Callable[[bool], bool] = lambda refused: True, # Called when it is about to start, or refused; False: there is nothing to do any more
+        # Called when it is about to start, or (True) refused. False: there is nothing to do any more.
+        claim:Callable[[bool], bool] = lambda refused: True,
     )->Run|None: # None if it was neither started nor refused
         "Run a job to its end."
-        run,locks = Run(job.name, job.pipeline, why, scheduled), []
-        waits = lambda: self.say(f'{job.name} waits until another run has ended')
-        try:
-            try: locks.append(take(f'{job.pipeline}.lock', self.stopping if wait else None, waits))
-            except Locked:
-                if not self.stopping.is_set() and claim(True): return self.refuse(run)
-                return
+        run = Run(job.name, job.pipeline, why, scheduled)
+        with ExitStack() as held:
+            try: held.enter_context(self._take(job.pipeline, job, wait))
+            except Timeout: return self.refuse(run) if not self.stopping.is_set() and claim(True) else None
             if job.alone:
-                try: locks.append(take('alone', self.stopping, waits))
-                except Locked: return
-            if not self.stopping.is_set() and claim(False): return self._watch(job, run, locks)
-        finally:
-            for fd in locks: os.close(fd)
+                try: held.enter_context(self._take('alone', job, wait=True))
+                except Timeout: return None
+            return self._work(job, run) if not self.stopping.is_set() and claim(False) else None
 
     def refuse(self, run:Run)->Run:
         "Note that a run was not started."
@@ -105,44 +118,43 @@ class Runner:
         self.say(f'{run.job} is refused: {run.note}')
         return run
 
-    def _start(self, job:Job, run:Run, locks:list[int])->subprocess.Popen:
-        "Start the process; it holds the locks as long as it lives."
+    def _open_log(self, run:Run):
         logs,run.started = scheduler_dir()/'logs', time.time()
         logs.mkdir(parents=True, exist_ok=True)
         for old in sorted(logs.glob('*.log'), key=lambda p: p.stat().st_mtime)[:-KEPT_LOGS]: old.unlink(missing_ok=True)
-        run.log = str(logs/f'{job.name}-{datetime.fromtimestamp(run.started, UTC):%Y%m%dT%H%M%S}-{run.id[:6]}.log')
-        with open(run.log, 'wb') as out:
-            child = subprocess.Popen([*SHELL, str(run.exit_path), *self.command(job)], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-                                     start_new_session=True, pass_fds=locks, env=dict(ZENML_LOGGING_COLORS_DISABLED='true', PYTHONUNBUFFERED='1') | os.environ)
-        card = identity_of(child.pid)
-        run.pid,run.process_started = card.pid, card.started
-        return child
+        path = logs/f'{run.job}-{datetime.fromtimestamp(run.started, UTC):%Y%m%dT%H%M%S}-{run.id[:6]}.log'
+        run.log = str(path)
+        return path.open('wb')
 
-    def _watch(self, job:Job, run:Run, locks:list[int])->Run:
-        try: child = self._start(job, run, locks)
+    def _work(self, job:Job, run:Run)->Run:
+        try:
+            with self._open_log(run) as out:
+                own = {RUN_ID: run.id, 'ZENML_LOGGING_COLORS_DISABLED': 'true', 'PYTHONUNBUFFERED': '1'}
+                child = start(self.command(job), out, **own)
         except OSError as e:
-            self.history.save(run.end('failed', note=str(e))); self.say(f'{job.name} could not be started: {e}')
+            self.history.save(run.end('failed', 127, str(e))); self.say(f'{job.name} could not be started: {e}')
             return run
+        run.pid,run.process_started = child.pid, identity_of(child.pid).started
         self.history.save(run)
         self.say(f'{job.name} has started ({run.why}); it prints to {run.log}')
-        outcome,rest,limit = '', b'', time.monotonic()+job.timeout_s
-        with open(run.log, 'rb') as printed:
-            while child.poll() is None and not outcome:
-                rest = self._echo(job, printed, rest)
-                outcome = 'timed out' if time.monotonic() > limit else 'stopped' if self.stopping.wait(.2) else ''
-            if outcome: end_tree(child.pid, self.schedule.grace_s)
-            code = child.wait()
-            self._echo(job, printed, rest, end=True)
-        code = 128-code if code < 0 else code
+        with Path(run.log).open('rb') as printed:
+            echo = Echo(printed, lambda line: self.say(f'[{job.name}] {line}'))
+            why = watch(child, job.timeout_s, self.stopping, self.schedule.grace_s, echo)
+            echo(end=True)
+        code = 128-child.returncode if child.returncode < 0 else child.returncode
         note = f'ended by signal {code-128}' if code > 128 else ''
-        self.history.save(run.end(outcome or ('failed' if code else 'ok'), code, note))
-        run.exit_path.unlink(missing_ok=True)
-        self.say(f'{job.name}: {run.outcome} after {run.ended-run.started:.0f} s, exit code {code}'+(f', {note}' if note else ''))
+        self.history.save(run.end(why or ('failed' if code else 'ok'), code, note))
+        self.say(f'{job.name}: {run.outcome} after {run.seconds:.0f} s, exit code {code}'+(f', {note}' if note else ''))
         if code > 128 and not self.stopping.is_set(): self.clean_up()
         return run
 
-    def _echo(self, job:Job, printed, rest:bytes = b'', end:bool = False)->bytes: # What is not a whole line yet
-        *lines,rest = (rest+printed.read()).split(b'\n')
+
+class Echo:
+    "Passes on the lines of a file that is being written."
+    def __init__(self, file, say:Callable[[str], None]): self.file,self.say,self.rest = file, say, b''
+
+    def __call__(self, end:bool = False):
+        *lines,self.rest = (self.rest+self.file.read()).split(b'\n')
+        if end and self.rest: lines.append(self.rest)
         # Progress bars rewrite their line: its last state says it all.
-        for line in [*lines, rest] if end and rest else lines: self.say(f"[{job.name}] {line.decode(errors='replace').rstrip().rpartition(chr(13))[2]}")
-        return rest
+        for line in lines: self.say(line.decode(errors='replace').rstrip().rpartition('\r')[2])

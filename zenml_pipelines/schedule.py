@@ -1,4 +1,4 @@
-"What is to run when: configs/schedule.yaml, checked before anything starts."
+"Jobs and their times: configs/schedule.yaml, checked before anything starts."
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,11 +17,14 @@ def cron_trigger(
     expression:str, # minute, hour, day of month, month, day of week
     timezone:str,
 )->CronTrigger:
-    "When a job is due; raises `ValueError` where schedulers read an expression differently."
+    "Moments at which a job is due; raises `ValueError` where schedulers read an expression differently."
     day,weekday = [*expression.split(), '', '', '', '', ''][2:5:2]
     # To APScheduler 0 is Monday, to cron Sunday; of two days cron wants either, APScheduler both.
-    if any(c.isdigit() for c in weekday): raise ValueError(f'{expression!r}: write days of the week as names, e.g. mon-fri')
-    if not {day, weekday} & {'*', ''}: raise ValueError(f'{expression!r} has a day of the month and a day of the week; schedulers disagree on what that means')
+    if any(c.isdigit() for c in weekday):
+        raise ValueError(f'{expression!r}: write days of the week as names, e.g. mon-fri')
+    if not {day, weekday} & {'*', ''}:
+        raise ValueError(f'{expression!r} has a day of the month and a day of the week; '
+                         'schedulers disagree on what that means')
     return CronTrigger.from_crontab(expression, timezone)
 
 
@@ -56,16 +59,18 @@ class Job(BaseModel):
         return self
 
     def next_time(self, after:float)->float:
-        "When it is due for the first time after a moment."
-        when = cron_trigger(self.cron, self.timezone).get_next_fire_time(None, datetime.fromtimestamp(after, UTC)+timedelta(microseconds=1))
+        "The first time that it is due after a moment."
+        then = datetime.fromtimestamp(after, UTC)+timedelta(microseconds=1)
+        when = cron_trigger(self.cron, self.timezone).get_next_fire_time(None, then)
         return when.timestamp() if when else float('inf')
 
     def delivered(self)->bool:
-        "Whether the raw folder of its configuration holds a whole delivery, or it fetches one itself."
+        "True if the raw folder of its configuration holds a complete delivery, or it fetches one itself."
         from rakuten_mm.sources.fetch import STATE, WHOLE
         params = (yaml.safe_load(self.config.read_text()) or {}).get('parameters') or {}
         raw = Path(params.get('raw_dir') or '.')
-        return bool(params.get('remote')) or any(raw.glob('X_train*.csv')) and (not (raw/STATE).is_dir() or (raw/WHOLE).exists())
+        complete = not (raw/STATE).is_dir() or (raw/WHOLE).exists()
+        return bool(params.get('remote')) or (any(raw.glob('X_train*.csv')) and complete)
 
 
 class Schedule(BaseModel):
@@ -88,8 +93,9 @@ class Schedule(BaseModel):
         raise ValueError(f"no job {name!r}; there are {', '.join(j.name for j in self.jobs)}")
 
     def command(self, job:Job)->list[str]:
-        "What runs a job."
-        return [str(Path(sys.executable).with_name('zenml')), 'pipeline', 'run', f'zenml_pipelines.{job.pipeline}', '-c', str(job.config), '-s', self.stack]
+        "Command line that runs a job."
+        zenml = str(Path(sys.executable).with_name('zenml'))
+        return [zenml, 'pipeline', 'run', f'zenml_pipelines.{job.pipeline}', '-c', str(job.config), '-s', self.stack]
 
 
 def read_schedule(path:str|Path = SCHEDULE)->Schedule:
@@ -98,11 +104,12 @@ def read_schedule(path:str|Path = SCHEDULE)->Schedule:
     except yaml.YAMLError as e: raise ValueError(f'{path}: {e}') from None
     except ValidationError as e:
         say = lambda m: 'unknown key' if m['type'] == 'extra_forbidden' else m['msg'].removeprefix('Value error, ')
-        raise ValueError('\n'.join(f"{path}: {'.'.join(map(str, m['loc']))}: {say(m)}" for m in e.errors())) from None
+        wrong = [f"{path}: {'.'.join(map(str, m['loc']))}: {say(m)}" for m in e.errors()]
+        raise ValueError('\n'.join(wrong)) from None
 
 
 def native_schedules(schedule:Schedule)->list[str]: # A line about each job
-    "Hand the expressions over to the stack's orchestrator; raises `ValueError` if it runs no schedules, before anything is registered."
+    "Hand the times over to the stack's orchestrator; raises `ValueError` before anything is registered."
     from zenml.cli.utils import temporary_active_stack
     from zenml.client import Client
     from zenml.config.schedule import Schedule as Native
@@ -110,17 +117,20 @@ def native_schedules(schedule:Schedule)->list[str]: # A line about each job
     import zenml_pipelines
     with temporary_active_stack(schedule.stack) as stack:
         if not stack.orchestrator.config.is_schedulable:
-            raise ValueError(f'nothing was registered: the {stack.orchestrator.flavor} orchestrator of stack {schedule.stack} runs no schedules. '
-                             'On one machine `rakuten-mm scheduler run` does')
+            raise ValueError(f'nothing was registered: the {stack.orchestrator.flavor} orchestrator of stack '
+                             f'{schedule.stack} runs no schedules. On one machine `rakuten-mm scheduler run` does')
         if odd := [j.name for j in schedule.jobs if j.timezone != 'UTC']:
-            raise ValueError(f"nothing was registered: orchestrators run in UTC, and {', '.join(odd)} in another time zone")
+            raise ValueError('nothing was registered: orchestrators run in UTC, '
+                             f"and {', '.join(odd)} in another time zone")
         lines = []
         for job in schedule.jobs:
             there = next(iter(Client().list_schedules(name=job.name)), None)
             if there is None:
                 native = Native(name=job.name, cron_expression=job.cron)
                 getattr(zenml_pipelines, job.pipeline).with_options(config_path=str(job.config), schedule=native)()
-            how = 'registered' if there is None else 'unchanged' if there.cron_expression == job.cron else \
-                f'still has {there.cron_expression}; run `zenml pipeline schedule delete {job.name}`, then this again'
+            if there is None: how = 'registered'
+            elif there.cron_expression == job.cron: how = 'unchanged'
+            else: how = (f'still has {there.cron_expression}; run `zenml pipeline schedule delete {job.name}`, '
+                         'then this again')
             lines.append(f'{job.name}: {job.cron} {how}')
     return lines

@@ -1,1 +1,1 @@
-"""Wiring only: one pipeline a file, named by the act."""
+"""Wiring only: one pipeline a file, named by a noun."""

@@ -1,4 +1,4 @@
-"Is the server up, closed to strangers, and giving the champion's answers?"
+"A check that the server is up, closed to strangers, and gives the champion's answers."
 from zenml import pipeline
 
 from zenml_pipelines.steps.check_api import check_api

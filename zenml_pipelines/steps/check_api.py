@@ -14,10 +14,12 @@ def check_api(
     wait_s:float, # How long the server may take to follow the registry
     open_pages:str, # As API_OPEN_PAGES of the server; empty: as here
 )->Annotated[dict, 'checks']:
-    "Credentials, pages, roles, version, golden products, latency and figures; raises `APICheckError` if anything is wrong, after the report is written."
+    "Check a running server; raises `APICheckError` if anything is wrong, after the report is written."
     from rakuten_mm.monitoring.access_check import APICheckError
     run = step_run()
-    result = run_notebook('api_check', run.out_dir, run.run_id, url=url, max_p95_ms=max_p95_ms, wait_s=wait_s, open_pages=open_pages)
-    wrong = result['failures']
-    if wrong: raise APICheckError(f"{url} failed {len(wrong)} of {result['checks']} checks (report: {run.out_dir}):\n- "+'\n- '.join(wrong))
+    result = run_notebook('api_check', run.out_dir, run.run_id, url=url, max_p95_ms=max_p95_ms, wait_s=wait_s,
+                          open_pages=open_pages)
+    if wrong := result['failures']:
+        said = f"{url} failed {len(wrong)} of {result['checks']} checks (report: {run.out_dir}):"
+        raise APICheckError('\n- '.join([said, *wrong]))
     return result

@@ -23,23 +23,28 @@ def detect(
     retrain:bool, # Ask for a training when the content moved
     again_days:float, # Not again for the same champion before so many days
 )->Annotated[dict, 'drift']:
-    "What moved; with too little traffic it says so and ends."
+    "A report of what moved; with too little traffic it says so and ends."
     from rakuten_mm.core.config import from_dict
-    from rakuten_mm.core.tracking import alias_version
     from rakuten_mm.monitoring.drift import Thresholds
+    from rakuten_mm.registry.versions import alias_version
     from serving.lately import count_lately
     run = step_run(artifacts_dir)
     from_dict(Thresholds, levels)  # a wrong name fails before any work
     champion = alias_version('champion')
     served = count_lately(days, f'rakuten-mm/{champion}') if champion else 0
-    if served < min_predictions:
-        why = f'{served} answers by version {champion} in {days:g} days, {min_predictions} are needed' if champion else 'there is no champion'
+    if champion and served >= min_predictions:
+        report = run_notebook('drift', run.out_dir, run.run_id, data_dir=data_dir, days=days,
+                              min_predictions=min_predictions, max_reference=max_reference, levels=levels)
+    else:
+        few = f'{served} answers by version {champion} in {days:g} days, {min_predictions} are needed'
+        why = few if champion else 'there is no champion'
         report = dict(advice='wait', causes=[], summary=f'nothing is compared: {why}', n_window=served)
-    else: report = run_notebook('drift', run.out_dir, run.run_id, data_dir=data_dir, days=days, min_predictions=min_predictions,
-                                max_reference=max_reference, levels=levels)
     logger.info(report['summary'])
-    if run.run_id: mlflow.set_tags({'drift.causes': ', '.join(report['causes']), 'drift.advice': report['advice'], 'drift.summary': report['summary']})
-    if retrain and report['advice'] == 'retrain': ask(champion, report['summary'].splitlines()[0], again_days)
+    if run.run_id:
+        told = dict(causes=', '.join(report['causes']), advice=report['advice'], summary=report['summary'])
+        mlflow.set_tags({f'drift.{k}': v for k,v in told.items()})
+    if champion and retrain and report['advice'] == 'retrain':
+        ask(champion, report['summary'].splitlines()[0], again_days)
     return report
 
 
@@ -48,9 +53,10 @@ def ask(
     why:str,
     again_days:float, # Not again before so many days
 ):
-    "Leave a request for a training, unless one for the same champion was left lately."
-    from rakuten_mm.core.tracking import MODEL, mlflow_client
+    "Leave a request for a training, unless one for the same champion was left in that time."
+    from rakuten_mm.core.tracking import mlflow_client
     from rakuten_mm.monitoring.drift import request_retraining
+    from rakuten_mm.registry.versions import MODEL
     client = mlflow_client()
     asked = float(client.get_model_version(MODEL, str(champion)).tags.get('drift.asked_at', 0))
     if time.time()-asked < 86_400*again_days: logger.info('a training was asked for already'); return

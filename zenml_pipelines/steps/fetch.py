@@ -15,7 +15,7 @@ def fetch(
     remote:str, # rclone's name:path, or a folder or archive on this machine; empty to use `raw_dir` as it is
     raw_dir:str, # Receives the delivery
 )->Annotated[dict, 'fetched']:
-    "What was transferred and unpacked; raises if the delivery is not whole."
+    "Counts of what was transferred and unpacked; raises if the delivery is not complete."
     from rakuten_mm.sources.fetch import fetch as fetch_delivery
     step_run()
     if not remote:

@@ -25,4 +25,6 @@ def ingest(
     if if_there and not (raw_dir and Path(raw_dir).is_dir() and any(Path(raw_dir).glob('*.csv'))):
         logger.info('no delivery in %r', raw_dir)
         return Dataset.open(data_dir).manifest['version'] if Path(data_dir, 'CURRENT').exists() else ''
-    return run_notebook('ingest', run.out_dir, run.run_id, raw_dir=raw_dir, data_dir=data_dir, snapshot=snapshot, max_quarantine=max_quarantine)['version']
+    result = run_notebook('ingest', run.out_dir, run.run_id, raw_dir=raw_dir, data_dir=data_dir, snapshot=snapshot,
+                          max_quarantine=max_quarantine)
+    return result['version']

@@ -17,11 +17,13 @@ def promote(
     version:int, # Registered challenger
     test_scores:dict, # From the evaluation, which must have succeeded
     train_dir:str='', # What the training step wrote
-    corrections:str='', # Table of the collected corrections, for what they bought
+    corrections:str='', # Table of the collected corrections, to measure their gain
     gate:dict|None=None, # Overrides of rakuten_mm.registry.gate.GateConfig
 )->Annotated[bool, 'promoted']:
     "Make the challenger champion if it passes the gate."
     run = step_run(artifacts_dir)
-    result = run_notebook('promote', run.out_dir, run.run_id, data_dir=data_dir, version=version, train_dir=train_dir, corrections=corrections, gate=gate or {})
-    logger.info('version %s %s: %s; report in %s', version, 'is now champion' if result['promoted'] else 'stays challenger', result['reason'], run.out_dir)
+    result = run_notebook('promote', run.out_dir, run.run_id, data_dir=data_dir, version=version, train_dir=train_dir,
+                          corrections=corrections, gate=gate or {})
+    verdict = 'is now champion' if result['promoted'] else 'stays challenger'
+    logger.info('version %s %s: %s; report in %s', version, verdict, result['reason'], run.out_dir)
     return result['promoted']

@@ -19,10 +19,11 @@ def train(
     go_on:bool=False, # From the champion's training, if there is one that fits; in a fraction of the time
 )->tuple[Annotated[str, 'train_dir'], Annotated[int, 'version']]:
     "A dataset becomes a registered challenger."
-    from rakuten_mm.core.tracking import alias_version, resolve_training
+    from rakuten_mm.registry.versions import alias_version, resolve_training
     run = step_run(artifacts_dir)
     champion = alias_version('champion') if go_on else None
     init = resolve_training(champion) if champion else None
     logger.info('training goes on from %s', f'version {champion}' if init else 'nothing')
-    result = run_notebook('train', run.out_dir, run.run_id, data_dir=data_dir, preset=preset, seed=seed, init=str(init or ''))
+    result = run_notebook('train', run.out_dir, run.run_id, data_dir=data_dir, preset=preset, seed=seed,
+                          init=str(init or ''))
     return str(run.out_dir), result['version']

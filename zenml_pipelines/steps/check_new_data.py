@@ -1,4 +1,4 @@
-"Is there anything to learn that no model has seen?"
+"Look for data that no model has seen."
 from typing import Annotated
 
 from zenml import step
@@ -10,14 +10,15 @@ logger = get_logger(__name__)
 
 
 @step(experiment_tracker=True, enable_cache=False)
-def news(
+def check_new_data(
     data_dir:str, # Dataset, after all ingestions
     artifacts_dir:str, # Everything is written below
-)->Annotated[bool, 'news']:
-    "Whether the dataset has changed since the newest registered model was trained."
+)->Annotated[bool, 'new_data']:
+    "True if the dataset has changed since the newest registered model was trained."
     from rakuten_mm.data.dataset import Dataset
     from rakuten_mm.registry.champion import model_versions
     step_run(artifacts_dir)
-    version,trained = Dataset.open(data_dir).manifest['version'], [v.tags.get('data_version') for v in model_versions()][-1:]
-    if [version] == trained: logger.info('nothing new: the newest model was trained on data %s, which is the current version', version)
+    version = Dataset.open(data_dir).manifest['version']
+    trained = [v.tags.get('data_version') for v in model_versions()][-1:]
+    if [version] == trained: logger.info('nothing new: the newest model was trained on version %s', version)
     return [version] != trained

@@ -1,4 +1,5 @@
-"""Runs that were killed and could not say so: found by the process they name, and ended, in the run history, in ZenML and in MLflow.
+"""Runs that were killed and could not say so: found by the process that they name, and ended in the run history, in
+ZenML and in MLflow.
 
 Runs of other machines, and runs that name no process, are listed and left alone.
 """
@@ -12,44 +13,45 @@ WHY = 'its process is gone'
 
 
 @dataclass
-class LeftBehind:
-    "What was found."
+class Orphans:
+    "Counts and names of the runs that were found."
     ended:list[str] = field(default_factory=list) # Marked, or to be marked
     alive:int = 0 # Runs that are at work
     unknown:list[str] = field(default_factory=list) # Left alone, with the reason
     errors:list[str] = field(default_factory=list) # Records that could not be read
 
-    def tell(self, gone:bool|None, name:str, card:ProcessIdentity|None):
-        "Note what is the case with a run."
+    def add(self, gone:bool|None, name:str, process:ProcessIdentity|None):
+        "Note how a run is."
         if gone: self.ended.append(name)
-        elif gone is None: self.unknown.append(f'{name}: '+(f'of host {card.host}' if card else 'names no process'))
+        elif gone is None:
+            self.unknown.append(f'{name}: '+(f'of host {process.host}' if process else 'names no process'))
         else: self.alive += 1
 
 
 def abandon(
     dry_run:bool = False, # Only look
     gone_hosts:tuple[str, ...] = (), # Machines that are known not to come back
-)->LeftBehind:
+)->Orphans:
     "Mark all runs whose process is gone."
-    found,names = LeftBehind(), set()
+    found,names = Orphans(), set[str]()
     for end in (end_history, end_zenml, end_mlflow):
         try: end(found, names, dry_run, gone_hosts)
         except Exception as e: found.errors.append(f"{end.__name__.removeprefix('end_')}: {type(e).__name__}: {e}")
     return found
 
 
-def end_history(found:LeftBehind, names:set[str], dry_run:bool, gone_hosts:tuple[str, ...]):
+def end_history(found:Orphans, names:set[str], dry_run:bool, gone_hosts:tuple[str, ...]):
     "Rows of the run history."
     history = History()
     n = len(history.runs(-1, outcome='running'))
-    done,unknown = history.settle(gone_hosts, dry_run)
-    found.alive += n-len(done)-len(unknown)
-    found.ended += [f'history {r.job} {r.id[:8]}: {r.outcome}' for r in done]
+    orphans,unknown = history.end_orphans(gone_hosts, dry_run)
+    found.alive += n-len(orphans)-len(unknown)
+    found.ended += [f'history {r.job} {r.id[:8]}: {r.outcome}' for r in orphans]
     found.unknown += [f'history {r.job} {r.id[:8]}: of host {r.host}' for r in unknown]
 
 
-def end_zenml(found:LeftBehind, names:set[str], dry_run:bool, gone_hosts:tuple[str, ...]):
-    "Runs and steps in ZenML; those of the local orchestrator only, because elsewhere the process that starts a run is not the one that runs it."
+def end_zenml(found:Orphans, names:set[str], dry_run:bool, gone_hosts:tuple[str, ...]):
+    "Runs and steps in ZenML, of the local orchestrator only: others do not run them in the process that starts them."
     from zenml.client import Client
     from zenml.enums import ExecutionStatus, StackComponentType
     from zenml.models import PipelineRunUpdate, StepRunUpdate
@@ -59,35 +61,39 @@ def end_zenml(found:LeftBehind, names:set[str], dry_run:bool, gone_hosts:tuple[s
     open_states = [s.value for s in ExecutionStatus if not s.is_finished and s != ExecutionStatus.PAUSED]
     states = f"oneof:{open_states}".replace("'", '"')
     for run in depaginate(client.list_pipeline_runs, status=states, hydrate=True):
-        local = run.stack and all(c.flavor_name == 'local' for c in run.stack.components[StackComponentType.ORCHESTRATOR])
-        card = ProcessIdentity(**run.config.extra['process']) if local and 'process' in run.config.extra else None
-        found.tell(gone := is_gone(card, gone_hosts) if card else None, f'ZenML {run.name}', card)
+        orchestrators = run.stack.components[StackComponentType.ORCHESTRATOR] if run.stack else []
+        local,extra = all(c.flavor_name == 'local' for c in orchestrators), run.config.extra
+        process = ProcessIdentity(**extra['process']) if run.stack and local and 'process' in extra else None
+        found.add(gone := is_gone(process, gone_hosts) if process else None, f'ZenML {run.name}', process)
         if not gone: continue
         names.add(run.name)
         if dry_run: continue
+        failed = StepRunUpdate(status=ExecutionStatus.FAILED, end_time=utc_now())
         for step in run.steps.values():
-            if not step.status.is_finished: client.zen_store.update_run_step(step.id, StepRunUpdate(status=ExecutionStatus.FAILED, end_time=utc_now()))
-        client.zen_store.update_run(run.id, PipelineRunUpdate(status=ExecutionStatus.FAILED, status_reason=f'abandoned: {WHY}'))
+            if not step.status.is_finished: client.zen_store.update_run_step(step.id, failed)
+        update = PipelineRunUpdate(status=ExecutionStatus.FAILED, status_reason=f'abandoned: {WHY}')
+        client.zen_store.update_run(run.id, update)
 
 
 def running_mlflow()->Iterator:
     "All runs that MLflow believes to be at work."
     from rakuten_mm.core.tracking import EXPERIMENT, mlflow_client
     client,token = mlflow_client(), None
-    where = [client.get_experiment_by_name(EXPERIMENT).experiment_id]
-    while True:
-        page = client.search_runs(where, "attributes.status = 'RUNNING'", max_results=500, page_token=token)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    while experiment:
+        page = client.search_runs([experiment.experiment_id], "attributes.status = 'RUNNING'", max_results=500,
+                                  page_token=token)
         yield from page
         if not (token := page.token): return
 
 
-def end_mlflow(found:LeftBehind, names:set[str], dry_run:bool, gone_hosts:tuple[str, ...]):
-    "Runs in MLflow, those of a pipeline run that was killed before it could leave its card too."
+def end_mlflow(found:Orphans, names:set[str], dry_run:bool, gone_hosts:tuple[str, ...]):
+    "Runs in MLflow, those of a pipeline run that was killed before it could name its process too."
     from rakuten_mm.core.tracking import mlflow_client
     for run in list(running_mlflow()):
-        card = from_tags(run.data.tags)
-        gone = is_gone(card, gone_hosts) if card else (run.info.run_name in names or None)
-        found.tell(gone, f'MLflow {run.info.run_name}', card)
+        process = from_tags(run.data.tags)
+        gone = is_gone(process, gone_hosts) if process else (run.info.run_name in names or None)
+        found.add(gone, f'MLflow {run.info.run_name}', process)
         if not gone or dry_run: continue
         mlflow_client().set_tag(run.info.run_id, 'abandoned', WHY)
         mlflow_client().set_terminated(run.info.run_id, 'KILLED')
