@@ -8,11 +8,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from rakuten_mm.core.config import n_threads
+from rakuten_mm.core.process import n_threads
 from rakuten_mm.models import runtime as rt
 from rakuten_mm.models.encoders import hf_encoder, image_encoder
 from rakuten_mm.models.onnx_export import OPSET, export_onnx, length_buckets
-from rakuten_mm.synthetic.images import make_picture
+from rakuten_mm.synthetic.images import make_image
 
 SIZE = 64
 WORDS = 'piscine livre de poche ronde jeu pour enfant rare neuf'.split()
@@ -34,7 +34,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope='module')
 def image():
     "The image encoder, and 5 pictures."
-    return image_encoder('timm:tf_efficientnet_lite0'), np.stack([np.asarray(make_picture(np.random.default_rng(i), i, SIZE)) for i in range(5)])
+    return image_encoder('timm:tf_efficientnet_lite0'), np.stack([np.asarray(make_image(np.random.default_rng(i), i, SIZE)) for i in range(5)])
 
 
 @pytest.fixture(scope='module')

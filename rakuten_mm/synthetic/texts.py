@@ -8,22 +8,24 @@ __all__ = ['DAMAGE', 'detail', 'brand', 'pools', 'make_title', 'make_description
 
 # %% ../../nbs/lib/synthetic/01_texts.ipynb #e89af2a3
 import html, math, random, re, unicodedata
+from contextlib import suppress
 from functools import cache
-from .lexicon import CLASSES, ENDS, LEXICONS, LINKS, OPENINGS, words_of
+from .lexicon import CLASSES, LEXICONS, words_of
 
 # %% ../../nbs/lib/synthetic/01_texts.ipynb #0e61bffe
-_SYLLABLES = [c+v for c in 'b c d f g k l m n p r s t v z br cr dr fl gr pl st tr'.split() for v in 'a e i o u an el in or'.split()]
 _LETTERS = 'ABCDEFGHJKLMNPRSTVXZ'
+_ONSETS,_RIMES = 'b c d f g k l m n p r s t v z br cr dr fl gr pl st tr', 'a e i o u an el in or'
+_SYLLABLES = [c+v for c in _ONSETS.split() for v in _RIMES.split()]
 
 def detail(
     rng:random.Random
 )->str:
     "A model reference, dimensions, a weight or another number."
-    n = rng.random()
-    if n < .5: return f"{rng.choice(_LETTERS)}{rng.choice(_LETTERS)}{rng.choice(('-', '', ' '))}{rng.randrange(100, 10_000)}"
+    n,one = rng.random(), rng.choice
+    if n < .5: return f"{one(_LETTERS)}{one(_LETTERS)}{one(('-', '', ' '))}{rng.randrange(100, 10_000)}"
     if n < .75: return f'{rng.randrange(5, 300)} x {rng.randrange(5, 300)} cm'
     if n < .85: return f'{rng.randrange(1, 60)},{rng.randrange(1, 10)} kg'
-    return f"{rng.randrange(10, 999)} {rng.choice(('mm', 'ml', 'W', 'g', 'cm', 'V'))}"
+    return f"{rng.randrange(10, 999)} {one(('mm', 'ml', 'W', 'g', 'cm', 'V'))}"
 
 def brand(
     rng:random.Random
@@ -37,9 +39,8 @@ def pools(
     language:str # One of `LEXICONS`
 )->dict[str, list[str]]:
     "Words and phrases of a language: `fill`, `noun`, `adj`, `colour`, `opening`, `link` and `end`."
-    words = {name: o.split() for name,o in LEXICONS[language].items() if name != 'share'}
-    phrases = {name: o[language].split('|') for name,o in dict(opening=OPENINGS, link=LINKS, end=ENDS).items()}
-    return words | phrases | {'fill': words['small']*3+words['adj']+words['colour']+words['noun']}
+    p = {name: o.split() if isinstance(o, str) else o for name,o in LEXICONS[language].items() if name != 'share'}
+    return p | {'fill': p['small']*3+p['adj']+p['colour']+p['noun']}
 
 # %% ../../nbs/lib/synthetic/01_texts.ipynb #1c278dfb
 def make_title(
@@ -70,8 +71,8 @@ def make_description(
     left,out = round(2+25*math.exp(rng.gauss(0, 1.25))), []
     while left > 0 and len(out) < 8:
         noun = ' '.join(rng.sample(p['noun'] if silent or rng.random() < .2 else own, 2))
-        s = ' '.join([rng.choice(p['opening']), noun, rng.choice(p['adj']), rng.choice((brand, detail))(rng), rng.choice(p['link']),
-                      rng.choice(p['colour']), detail(rng), rng.choice(p['end'])])
+        s = ' '.join([rng.choice(p['opening']), noun, rng.choice(p['adj']), rng.choice((brand, detail))(rng),
+                      rng.choice(p['link']), rng.choice(p['colour']), detail(rng), rng.choice(p['end'])])
         out.append(s+'.'); left -= s.count(' ')+1
     if left > 0: out.append(f"{brand(rng)} : {', '.join(detail(rng) for _ in range(left//2+1))}")
     return '\n'.join(out)[:12_000] if rng.random() < .2 else ' '.join(out)[:12_000]
@@ -100,12 +101,13 @@ def damage(
     "`s` as a careless export would store it."
     if not s: return '',''
     kind,before = rng.choices(list(DAMAGE), [p+more_html*(k == 'html') for k,p in DAMAGE.items()])[0], s
-    if kind == 'html': s = '<p>'+s.replace('\n', '</p><p>').replace('. ', '.<br /> ').replace(' ', '</b> ', 1).replace('<p>', '<p><b>', 1)+'</p>'
+    if kind == 'html':
+        s = s.replace('\n', '</p><p>').replace('. ', '.<br /> ').replace(' ', '</b> ', 1)
+        s = '<p>'+s.replace('<p>', '<p><b>', 1)+'</p>'
     if kind in ('entities', 'twice'): s = ''.join(f'&#{ord(c)};' if ord(c) > 127 else c for c in html.escape(s))
     if kind == 'twice': s = html.escape(s)
     if kind == 'mojibake':
-        try: s = s.encode('utf-8').decode('cp1252')
-        except UnicodeDecodeError: pass
+        with suppress(UnicodeDecodeError): s = s.encode('utf-8').decode('cp1252')
     return s, kind if s != before else ''
 
 # %% ../../nbs/lib/synthetic/01_texts.ipynb #8c97ae6c
@@ -123,7 +125,8 @@ def relist(
     "The title with a small edit, at least 0.86 similar with its description in character 5-grams."
     short = [w for w in title.split()[1:] if len(w) < 4]
     drop = rng.choice(short) if short else ' '
-    edits = [title+' NEUF', title+' - livraison gratuite', title.replace(f' {drop} ', ' ', 1), title+' !', 'NEUF '+title, title.upper(), title.lower()]
+    edits = [title+' NEUF', title+' - livraison gratuite', title.replace(f' {drop} ', ' ', 1), title+' !',
+             'NEUF '+title, title.upper(), title.lower()]
     before = shingles(f'{title} {description}')
     for s in rng.sample(edits, len(edits)):
         after = shingles(f'{s} {description}')
@@ -135,14 +138,15 @@ def write_text(
     seed:int,
     i:int, # Row that has the text first
     code:int, # Its class
-    lost:bool = False, # Whether accented letters are lost
+    lost:bool = False, # Lose accented letters
 )->tuple[str, str, str]: # Title, description, language
     "The text of row `i` before it is exported."
     rng = random.Random(f'{seed}/{i}')
     language = rng.choices(list(LEXICONS), [o['share'] for o in LEXICONS.values()])[0]
     silent = rng.random() < .25
     title = make_title(rng, code, language, silent)
-    description = '' if rng.random()*100 < CLASSES[code][1] else make_description(rng, code, language, silent and rng.random() < .6)
+    missing = rng.random()*100 < CLASSES[code]['undescribed']
+    description = '' if missing else make_description(rng, code, language, silent and rng.random() < .6)
     if rng.random() < .12: title = title_case(title)
     if lost: title,description = (lose(rng, s) for s in (title, description))
     return title, title if rng.random() < .002 else description, language
