@@ -6,7 +6,9 @@
 __all__ = ['write_atomic', 'sha256_file', 'write_csv']
 
 # %% ../../nbs/lib/core/02_files.ipynb #5ea10005
-import hashlib, os, tempfile
+import hashlib
+import os
+import tempfile
 from pathlib import Path
 
 # %% ../../nbs/lib/core/02_files.ipynb #237408a3
@@ -16,18 +18,17 @@ def write_atomic(
 ):
     "Write `data` to `dest` so that no reader ever sees half of it."
     dest.parent.mkdir(parents=True, exist_ok=True)
-    fd,tmp = tempfile.mkstemp(dir=dest.parent, prefix='.tmp-')
+    fd,name = tempfile.mkstemp(dir=dest.parent, prefix='.tmp-'); tmp = Path(name)
     try:
         with os.fdopen(fd, 'wb') as f: f.write(data); f.flush(); os.fsync(f.fileno())
-        os.chmod(tmp, 0o644)
-        os.replace(tmp, dest)
-    except BaseException: Path(tmp).unlink(missing_ok=True); raise
+        tmp.chmod(0o644); tmp.replace(dest)
+    except BaseException: tmp.unlink(missing_ok=True); raise
 
 def sha256_file(
     path:str|Path
 )->str: # Hexadecimal
-    "Checksum of a file."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    "SHA-256 of a file."
+    with Path(path).open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../../nbs/lib/core/02_files.ipynb #a9b97a83
 def write_csv(

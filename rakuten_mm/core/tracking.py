@@ -6,7 +6,8 @@
 __all__ = ['EXPERIMENT', 'tracking_uri', 'mlflow_client', 'tracked_run', 'git_commit', 'flatten', 'log_provenance', 'log_metrics']
 
 # %% ../../nbs/lib/core/04_tracking.ipynb #db39789b
-import os, subprocess
+import os
+import subprocess
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -44,11 +45,13 @@ def tracked_run(
     name:str = 'train', # Name of a new run
     parent:str = '', # Run id that a new run is shown under
 ):
-    "Context with a run id; a run made here is ended here."
+    "Context with the id of an MLflow run; a run made here is ended here."
     client = mlflow_client()
     if run_id: yield run_id; return
     tags = identity_of().tags() | ({'mlflow.parentRunId': parent} if parent else {})
-    run = client.create_run(client.get_experiment_by_name(EXPERIMENT).experiment_id, run_name=name, tags=tags).info.run_id
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment, 'mlflow_client makes it'
+    run = client.create_run(experiment.experiment_id, run_name=name, tags=tags).info.run_id
     status = 'FAILED'
     try: yield run; status = 'FINISHED'
     finally: client.set_terminated(run, status)
@@ -56,14 +59,16 @@ def tracked_run(
 # %% ../../nbs/lib/core/04_tracking.ipynb #48bcdec0
 def git_commit()->str:
     "Commit of the working tree, with `+` if it has changes; `unknown` outside a checkout."
-    git = lambda *a: subprocess.run(['git', *a], capture_output=True, text=True, cwd=Path(__file__).parent if '__file__' in globals() else None)
+    here = Path(__file__).parent if '__file__' in globals() else None
+    git = lambda *a: subprocess.run(['git', *a], capture_output=True, text=True, cwd=here)
     try: head,dirty = git('rev-parse', 'HEAD'), git('status', '--porcelain')
     except FileNotFoundError: return 'unknown'
     return head.stdout.strip()+('+' if dirty.stdout.strip() else '') if head.returncode == 0 else 'unknown'
 
 def flatten(d:dict, prefix:str = '')->dict:
-    "Nested dictionary to dotted keys."
-    return {k2: v2 for k,v in d.items() for k2,v2 in (flatten(v, f'{prefix}{k}.') if isinstance(v, dict) else {prefix+k: v}).items()}
+    "A nested dictionary with dotted keys."
+    parts = [flatten(v, f'{prefix}{k}.') if isinstance(v, dict) else {prefix+k: v} for k,v in d.items()]
+    return {k: v for part in parts for k,v in part.items()}
 
 def log_provenance(
     run_id:str,
@@ -71,9 +76,9 @@ def log_provenance(
     seed:int,
     data_version:str,
 ):
-    "Parameters, data version and commit of a training run."
+    "Log parameters, data version and commit of a training run."
     client = mlflow_client()
-    for k,v in (flatten(asdict(cfg)) | dict(seed=seed)).items(): client.log_param(run_id, k, v)
+    for k,v in (flatten(asdict(cfg)) | {'seed': seed}).items(): client.log_param(run_id, k, v)
     client.set_tag(run_id, 'data_version', data_version); client.set_tag(run_id, 'git_commit', git_commit())
 
 # %% ../../nbs/lib/core/04_tracking.ipynb #abe985b1
