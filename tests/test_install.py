@@ -134,5 +134,5 @@ def test_predict_away_from_the_checkout(everything, bundle, raw, tmp_path):
 def test_what_needs_the_checkout_says_so(everything, tmp_path, args):
     said = run(everything, 'rakuten-mm', *args, cwd=tmp_path)
     assert said.returncode != 0
-    assert 'needs the checkout' in said.stderr
+    assert 'needs a checkout' in said.stderr
     assert len(said.stderr.splitlines()) == 1
