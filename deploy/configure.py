@@ -1,6 +1,7 @@
-"""Write the schedule that RAKUTEN_MM_SCHEDULE names, and its pipelines' configurations, with this system's folders and addresses.
+"""Write the schedule that RAKUTEN_MM_SCHEDULE names, and its configurations, with this system's folders and addresses.
 
-They are those of zenml_pipelines/configs, or of the schedule that RAKUTEN_MM_JOBS names. Deliveries are fetched by a service of its own.
+They are those of zenml_pipelines/configs, or of the schedule that RAKUTEN_MM_JOBS names. Deliveries are fetched by a
+service of its own.
 """
 import os
 from pathlib import Path
@@ -8,8 +9,8 @@ from pathlib import Path
 import yaml
 
 env,target = os.environ, Path(os.environ['RAKUTEN_MM_SCHEDULE'])
-own = dict(raw_dir=env['RAKUTEN_MM_RAW'], data_dir=env['RAKUTEN_MM_DATA'], artifacts_dir=env['RAKUTEN_MM_ARTIFACTS'], remote='',
-           preset=env.get('RAKUTEN_MM_PRESET') or 'cpu', url=env['API_URL'])
+own = dict(raw_dir=env['RAKUTEN_MM_RAW'], data_dir=env['RAKUTEN_MM_DATA'], artifacts_dir=env['RAKUTEN_MM_ARTIFACTS'],
+           remote='', preset=env.get('RAKUTEN_MM_PRESET') or 'cpu', url=env['API_URL'])
 schedule = yaml.safe_load(Path(env.get('RAKUTEN_MM_JOBS') or 'zenml_pipelines/configs/schedule.yaml').read_text())
 target.parent.mkdir(parents=True, exist_ok=True)
 for job in schedule['jobs']:

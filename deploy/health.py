@@ -1,9 +1,9 @@
-"""Is a service well? Exit code 0 if so; otherwise 1, and one line that says what is wrong.
+"""Health of a service: exit code 0 if it is well; otherwise 1, and one line that says what is wrong.
 
-    python deploy/health.py mlflow|champion|fetch|database|scheduler|api ...
+    python -m deploy.health mlflow|champion|fetch|database|scheduler|api ...
 
-Compose runs this as health check, start.py waits with it, up.sh reports it. It needs no library, because it runs every few seconds.
-Addresses, folders and credentials come from the environment, so that no command line shows them.
+Compose runs this as health check, start.py waits with it, up.sh reports it. It needs no library, because it runs every
+few seconds. Addresses, folders and credentials come from the environment, so that no command line shows them.
 """
 import base64
 import fcntl
@@ -18,15 +18,16 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
-LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy for the internet does not know these addresses
+# A proxy for the internet does not know these addresses.
+LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Unwell(Exception):
-    "Why a service is not well."
+    "A service is not well, and the reason."
 
 
 def artifacts()->Path:
-    "Where runs write."
+    "Folder that runs write to."
     return Path(os.environ.get('RAKUTEN_MM_ARTIFACTS', 'artifacts'))
 
 
@@ -37,7 +38,8 @@ def get(
     timeout_s:float=5,
 )->bytes:
     "The body of a 200; raises `HTTPError` for another answer, `Unwell` for none."
-    headers = {'Authorization': 'Basic '+base64.b64encode(f'{user}:{password}'.encode()).decode()} if user else {}
+    login = base64.b64encode(f'{user}:{password}'.encode()).decode()
+    headers = {'Authorization': f'Basic {login}'} if user else {}
     try:
         with LOCAL.open(urllib.request.Request(url, headers=headers), timeout=timeout_s) as r: return r.read()
     except urllib.error.HTTPError: raise
@@ -65,16 +67,19 @@ def champion():
     "There is a model to serve: in the registry, or kept here from before."
     if (artifacts()/'models'/'rakuten-mm-champion.json').exists(): return
     try: ask_mlflow('registered-models/alias', name='rakuten-mm', alias='champion')
-    except Unwell as e: raise Unwell('no model was promoted yet' if str(e) in ('answers 404', 'answers 400') else f'MLflow {e}') from None
+    except Unwell as e:
+        none = str(e) in ('answers 404', 'answers 400')
+        raise Unwell('no model was promoted yet' if none else f'MLflow {e}') from None
 
 
 def fetch():
-    "A delivery has arrived whole, and the loop is alive."
+    "A delivery has arrived complete, and the loop is alive."
     state = Path(os.environ['RAKUTEN_MM_RAW'])/'.fetch'
-    last = json.loads((state/'last.json').read_text()) if (state/'last.json').exists() else dict(time=0, error='')
+    note = state/'last.json'
+    last = json.loads(note.read_text()) if note.exists() else dict(time=0, error='')
     if not (state/'whole').exists(): raise Unwell(last['error'] or 'the first delivery has not arrived yet')
     if time.time()-last['time'] < 2*float(os.environ.get('RAKUTEN_MM_FETCH_EVERY', 3600))+60: return
-    with open(state/'lock', 'a') as lock:
+    with (state/'lock').open('a') as lock:
         try: fcntl.flock(lock, fcntl.LOCK_EX|fcntl.LOCK_NB)
         except BlockingIOError: return  # a long fetch, or an ingestion that it waits for
     raise Unwell(f'the last fetch was {(time.time()-last["time"])/60:.0f} minutes ago')
@@ -89,7 +94,7 @@ def database():
 
 
 def scheduler():
-    "What it says of itself."
+    "Its own word."
     r = subprocess.run(['rakuten-mm', 'scheduler', 'health'], capture_output=True, text=True, timeout=30)
     if r.returncode: raise Unwell((r.stdout+r.stderr).strip().split('\n')[-1])
 
@@ -107,7 +112,7 @@ CHECKS = {f.__name__: f for f in (mlflow, champion, fetch, database, scheduler, 
 def problem(
     name:str # Of `CHECKS`
 )->str:
-    "What is wrong with a service, or empty."
+    "Name what is wrong with a service; empty if nothing is."
     try: CHECKS[name]()
     except Exception as e: return f'{name}: {e if isinstance(e, Unwell) else f"{type(e).__name__}: {e}"}'
     return ''

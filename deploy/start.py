@@ -1,6 +1,6 @@
 """Start a service when what it needs is well.
 
-    python deploy/start.py [NEED ...] -- COMMAND ... [-- COMMAND ...]
+    python -m deploy.start [NEED ...] -- COMMAND ... [-- COMMAND ...]
 
 NEEDs are those of health.py. Each command but the last runs to its end; the last one takes the place of this process.
 """
@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from contextlib import suppress
 
-from health import CHECKS, problem
+import psutil
+
+from deploy.health import CHECKS, problem
 
 
 def say(text:str): print(text, flush=True)
@@ -31,31 +33,21 @@ def wait_for(
 
 def marked(
     *names:str # Of environment variables
-)->list[int]: # Process ids, without this one
-    "Processes that have the values that this one has: by them a service's children are known, whoever their parent is by now."
-    if not all(n in os.environ for n in names): return []
-    mark,found = {f'{n}={os.environ[n]}'.encode() for n in names}, []
-    for p in Path('/proc').glob('[0-9]*'):
-        try:
-            if int(p.name) != os.getpid() and mark <= set((p/'environ').read_bytes().split(b'\0')): found.append(int(p.name))
-        except OSError: pass  # gone, or somebody else's
-    return found
-
-
-def leftovers()->list[int]: # Process ids
-    "Processes of an earlier life of this service on this machine: children of one that was killed, which may hold its port."
-    return marked('RAKUTEN_MM_SERVICE', 'RAKUTEN_MM_UP')
+)->list[psutil.Process]: # Without this one
+    "Processes with this one's values: a service's children are known by them, whoever their parent is by now."
+    mark = {(n, os.environ.get(n)) for n in names}
+    return [p for p in psutil.process_iter(['environ'])
+            if p.pid != os.getpid() and mark <= (p.info['environ'] or {}).items()]
 
 
 def end_leftovers(grace_s:float=10):
-    "Ask them to end, then make them."
-    until = time.monotonic()+grace_s
-    for sig in (signal.SIGTERM, signal.SIGKILL):
-        if left := leftovers(): say(f'ending {len(left)} processes of an earlier start')
-        for pid in left:
-            try: os.kill(pid, sig)
-            except ProcessLookupError: pass
-        while leftovers() and time.monotonic() < until: time.sleep(.1)
+    "End processes of an earlier life of this service, children of one that was killed, which may hold its port."
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        left = marked('RAKUTEN_MM_SERVICE', 'RAKUTEN_MM_UP')
+        if left: say(f'ending {len(left)} processes of an earlier start')
+        for p in left:
+            with suppress(psutil.NoSuchProcess): end(p)
+        psutil.wait_procs(left, grace_s)
 
 
 def end_with_parent():
@@ -66,8 +58,8 @@ def end_with_parent():
 def split(
     args:list[str]
 )->tuple[list[str], list[list[str]]]: # Needs and commands
-    "What the command line says; raises `ValueError`."
-    parts = [[]]
+    "Split the command line; raises `ValueError`."
+    parts:list[list[str]] = [[]]
     for a in args: parts.append([]) if a == '--' else parts[-1].append(a)
     needs,*commands = parts
     if not commands or not all(commands): raise ValueError('no command')

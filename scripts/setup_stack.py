@@ -3,8 +3,9 @@
 The tracker gets MLFLOW_TRACKING_URI, or SQLite in the artifacts folder; run this again after changing either.
 """
 import os
+from pathlib import Path
 
-from rakuten_mm.core.config import load_environment
+from rakuten_mm.core.environment import load_environment
 
 load_environment()
 
@@ -19,21 +20,21 @@ STACK,TRACKER = 'rakuten_local','rakuten_mlflow'
 
 
 def tracker_config()->dict:
-    "Where the tracker logs, with credentials for a server that asks for them."
-    env = {'tracking_username': 'MLFLOW_TRACKING_USERNAME', 'tracking_password': 'MLFLOW_TRACKING_PASSWORD', 'tracking_token': 'MLFLOW_TRACKING_TOKEN'}
-    return dict(tracking_uri=tracking_uri(), experiment_name=EXPERIMENT) | {k: os.environ[v] for k,v in env.items() if os.environ.get(v)}
+    "Address that the tracker logs to, with credentials for a server that asks for them."
+    login = {f'tracking_{k}': os.environ.get(f'MLFLOW_TRACKING_{k.upper()}') for k in ('username', 'password', 'token')}
+    return dict(tracking_uri=tracking_uri(), experiment_name=EXPERIMENT) | {k: v for k,v in login.items() if v}
 
 
 def main():
     "Create or update the tracker and the stack."
     GlobalConfiguration().analytics_opt_in = False
-    set_custom_source_root(os.getcwd())
+    set_custom_source_root(str(Path.cwd()))
     mlflow_client()  # creates the experiment with its artifact location, before ZenML would without
     if Client.find_repository() is None: Client.initialize()
     client = Client()
     if client.list_stack_components(type=Kind.EXPERIMENT_TRACKER, name=TRACKER):
         client.update_stack_component(TRACKER, Kind.EXPERIMENT_TRACKER, configuration=tracker_config())
-    else: client.create_stack_component(TRACKER, flavor='mlflow', component_type=Kind.EXPERIMENT_TRACKER, configuration=tracker_config())
+    else: client.create_stack_component(TRACKER, 'mlflow', Kind.EXPERIMENT_TRACKER, tracker_config())
     parts = {Kind.ORCHESTRATOR: 'default', Kind.ARTIFACT_STORE: 'default', Kind.EXPERIMENT_TRACKER: TRACKER}
     if not client.list_stacks(name=STACK): client.create_stack(STACK, parts)
     print(f'stack {STACK} tracks to {tracking_uri()}')

@@ -3,4 +3,4 @@
 # From nothing to a promoted model and an answered prediction; then it goes on until Ctrl+C. `scripts/up.sh --help` tells the rest.
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
-exec python scripts/up.py "$@"
+exec python -m deploy.up "$@"

@@ -24,15 +24,16 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT
-from serve_once import free_port
 from try_compose import COMPOSE, read_compose
 
 from rakuten_mm.data.ingestion import ingest
 from rakuten_mm.sources.fetch import STATE, WHOLE
 from serving.config import ServeConfig
+from serving.testing import free_port
 
 DEPLOY = ROOT/'deploy'
-SECRETS = ('API_PASSWORD', 'API_SECRET', 'MLFLOW_TRACKING_PASSWORD', 'MLFLOW_FLASK_SERVER_SECRET_KEY', 'POSTGRES_PASSWORD')
+SECRETS = ('API_PASSWORD', 'API_SECRET', 'MLFLOW_TRACKING_PASSWORD', 'MLFLOW_FLASK_SERVER_SECRET_KEY',
+           'POSTGRES_PASSWORD')
 FILLED = {k: f'{k.lower()}-of-the-tests' for k in SECRETS}
 OURS = ('mlflow', 'fetch', 'scheduler', 'api')
 needs_rclone = pytest.mark.skipif(not shutil.which('rclone'), reason='rclone is not installed')
@@ -49,9 +50,12 @@ def programs():
     "Command lines of supervisord.conf, with the folder and the figures of the containers."
     conf = configparser.RawConfigParser(inline_comment_prefixes=(';',))
     conf.read(DEPLOY/'supervisord.conf')
-    values = dict(RAKUTEN_MM_CHECKOUT='/app', RAKUTEN_MM_FETCH_EVERY='3600', RAKUTEN_MM_API_PORT='8080')
+    values = dict(RAKUTEN_MM_DELIVERIES='/app/data/deliveries', RAKUTEN_MM_SYNTHETIC='2000',
+                  RAKUTEN_MM_FETCH_EVERY='3600',
+                  RAKUTEN_MM_API_PORT='8080')
     fill = lambda text: re.sub(r'%\(ENV_(\w+)\)s', lambda m: values[m[1]], text)
-    return {s.removeprefix('program:'): shlex.split(fill(conf[s]['command'])) for s in conf.sections() if s.startswith('program:')}
+    return {s.removeprefix('program:'): shlex.split(fill(conf[s]['command'])) for s in conf.sections()
+            if s.startswith('program:')}
 
 
 def text_of(*names): return '\n'.join((DEPLOY/n).read_text() for n in names)
@@ -78,10 +82,11 @@ def test_compose_follows_the_published_schema():
 
 
 def test_every_service_waits_for_the_health_of_what_it_needs(compose):
-    needs = lambda s: set(s['command'][2:s['command'].index('--')])-{'champion'}
+    needs = lambda s: set(s['command'][3:s['command'].index('--')])-{'champion'}
     for name in OURS:
         s = compose['services'][name]
-        assert {n: 'service_healthy' for n in s.get('depends_on', {})} == {n: d['condition'] for n,d in s.get('depends_on', {}).items()}
+        assert {n: 'service_healthy' for n in s.get('depends_on', {})} == {n: d['condition'] for n,
+                                                                           d in s.get('depends_on', {}).items()}
         assert {n.replace('database', 'postgres') for n in needs(s)} <= s.get('depends_on', {}).keys(), name
     assert {'mlflow', 'fetch', 'postgres'} == compose['services']['scheduler']['depends_on'].keys()
     assert 'champion' in compose['services']['api']['command'], 'the API waits for a model'
@@ -92,21 +97,22 @@ def test_up_runs_what_compose_runs(compose, programs):
     local = lambda command: [a.replace('0.0.0.0', '127.0.0.1') for a in command]
     for name in OURS:
         assert local(compose['services'][name]['command']) == programs[name], name
-        assert compose['services'][name]['healthcheck']['test'] == ['CMD', 'python', '/app/deploy/health.py', name]
+        assert compose['services'][name]['healthcheck']['test'] == ['CMD', 'python', '-m', 'deploy.health', name]
 
 
 def test_up_sets_what_compose_sets(compose, tmp_path):
-    import up
+    from deploy import up
     up.make_env_file(tmp_path/'.env')
     env = up.environment(tmp_path, dict(port=1, mlflow_port=2, rows=3, pid=4))
-    known = env.keys() | {f'API_{f.upper()}' for f in ServeConfig.__dataclass_fields__} | {'RAKUTEN_MM_PRESET', 'RAKUTEN_MM_JOBS'}
+    known = env.keys() | {f'API_{f.upper()}' for f in ServeConfig.model_fields} | {'RAKUTEN_MM_PRESET',
+                                                                                   'RAKUTEN_MM_JOBS'}
     for name in OURS: assert compose['services'][name]['environment'].keys() <= known, name
-    settings = {f'API_{f.upper()}' for f in ServeConfig.__dataclass_fields__}
+    settings = {f'API_{f.upper()}' for f in ServeConfig.model_fields}
     assert settings <= compose['services']['api']['environment'].keys(), 'a setting that the container cannot be told'
 
 
 def test_env_example_names_every_secret(tmp_path):
-    import up
+    from deploy import up
     path = tmp_path/'.env'
     up.make_env_file(path)
     made = dict(l.split('=', 1) for l in path.read_text().splitlines() if re.match(r'\w+=', l))
@@ -122,17 +128,19 @@ def test_env_example_names_every_secret(tmp_path):
 
 
 def test_up_says_what_env_lacks(tmp_path):
-    import up
+    from deploy import up
     (tmp_path/'.env').write_text('API_USERNAME=x\n')
-    with pytest.raises(SystemExit, match='API_PASSWORD, MLFLOW_TRACKING_USERNAME'): up.environment(tmp_path, dict(port=1, mlflow_port=2, rows=3))
+    with pytest.raises(SystemExit, match='API_PASSWORD, MLFLOW_TRACKING_USERNAME'): up.environment(tmp_path,
+                                                                                                   dict(port=1, mlflow_port=2, rows=3))
 
 
 def test_ports(tmp_path):
     "One that was asked for is an error if it is taken; the usual one gives way."
-    import up
+    from deploy import up
     with socket.create_server(('127.0.0.1', 0)) as s:
         taken = s.getsockname()[1]
-        with pytest.raises(SystemExit, match=f'port {taken} is taken; --port chooses'): up.choose_port(taken, 8080, '--port')
+        with pytest.raises(SystemExit, match=f'port {taken} is taken; --port chooses'): up.choose_port(taken, 8080,
+                                                                                                       '--port')
         assert up.choose_port(None, taken, '--port') != taken
 
 
@@ -153,11 +161,13 @@ def test_f29_nothing_is_published_beyond_this_machine(compose):
 def mlflow_server(compose, home):
     "A tracking server, by compose.yaml's command and environment; only its address is another. Gives the environment of its clients."
     s,port = compose['services']['mlflow'], free_port(0)
-    own = dict(MLFLOW_HOST='127.0.0.1', MLFLOW_PORT=str(port), MLFLOW_AUTH_CONFIG_PATH=str(DEPLOY/'mlflow.ini'), MLFLOW_TRACKING_URI=f'http://127.0.0.1:{port}')
+    own = dict(PYTHONPATH=str(ROOT), MLFLOW_HOST='127.0.0.1', MLFLOW_PORT=str(port),
+               MLFLOW_AUTH_CONFIG_PATH=str(DEPLOY/'mlflow.ini'), MLFLOW_TRACKING_URI=f'http://127.0.0.1:{port}')
     hosts = s['environment']['MLFLOW_SERVER_ALLOWED_HOSTS'].replace(':5000', f':{port}')
     env = os.environ | s['environment'] | own | dict(MLFLOW_SERVER_ALLOWED_HOSTS=hosts)
-    command = [a.replace('/app/', f'{ROOT}/').replace('python', sys.executable) if i < 2 else a for i,a in enumerate(s['command'])]
-    with open(home/'log', 'wb') as log: process = subprocess.Popen(command, cwd=home, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    command = [sys.executable, *s['command'][1:]]
+    with open(home/'log', 'wb') as log: process = subprocess.Popen(command, cwd=home, env=env, stdout=log,
+                                                                   stderr=subprocess.STDOUT, start_new_session=True)
     try:
         until(lambda: check('mlflow', env)[0] == 0 or process.poll() is not None, 120, 'MLflow')
         yield env
@@ -169,7 +179,7 @@ def mlflow_server(compose, home):
 
 def check(name, env):
     "A health check as Compose runs it: exit code and what it says."
-    r = subprocess.run([sys.executable, str(DEPLOY/'health.py'), name], env=env, capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-m', 'deploy.health', name], cwd=ROOT, env=env, capture_output=True, text=True)
     return r.returncode, r.stdout+r.stderr
 
 
@@ -179,14 +189,19 @@ def test_f29_mlflow_is_closed_to_strangers(compose, tmp_path):
         url,login = env['MLFLOW_TRACKING_URI'], (env['MLFLOW_TRACKING_USERNAME'], env['MLFLOW_TRACKING_PASSWORD'])
         api = f'{url}/api/2.0/mlflow/experiments'
         with httpx.Client(trust_env=False, timeout=30) as c:
-            get = lambda auth=login, **h: c.get(f'{api}/get-by-name', params=dict(experiment_name='Default'), headers=h, auth=auth).status_code
-            post = lambda **h: c.post(f'{api}/create', json=dict(name=f'x{time.time()}'), headers=h, auth=login).status_code
+            get = lambda auth=login, **h: c.get(f'{api}/get-by-name', params=dict(experiment_name='Default'), headers=h,
+                                                auth=auth).status_code
+            post = lambda **h: c.post(f'{api}/create', json=dict(name=f'x{time.time()}'), headers=h,
+                                      auth=login).status_code
             assert get() == 200 and post() == 200 and get(host='mlflow:'+url.rpartition(':')[2]) == 200
-            assert [get(host=h) for h in ('evil.example', 'evil.example:5000', '169.254.169.254', 'mlflow.evil.example')] == [403]*4
+            assert [get(host=h) for h in ('evil.example', 'evil.example:5000', '169.254.169.254',
+                                          'mlflow.evil.example')] == [403]*4
             assert [post(origin=o) for o in ('https://evil.example', 'null', 'https://mlflow.evil.example')] == [403]*3
-            assert get(auth=None, host='evil.example') == 403 and get(auth=None) == 401 and get(auth=(login[0], 'wrong')) == 401
+            assert get(auth=None, host='evil.example') == 403 and get(auth=None) == 401 and get(auth=(login[0],
+                                                                                                      'wrong')) == 401
             assert c.get(url).status_code == c.get(f'{url}/api/2.0/mlflow-artifacts/artifacts').status_code == 401
-            read = c.get(f'{api}/get-by-name', params=dict(experiment_name='Default'), headers=dict(origin='https://evil.example'), auth=login)
+            read = c.get(f'{api}/get-by-name', params=dict(experiment_name='Default'),
+                         headers=dict(origin='https://evil.example'), auth=login)
             assert 'access-control-allow-origin' not in read.headers, 'what a page of another origin may not read'
         code,said = check('champion', env)
         assert code == 1 and 'no model was promoted yet' in said
@@ -201,7 +216,8 @@ def uses_the_login(env, tmp_path):
     "The library and the registered stack work with a server that asks who is there, and say no password."
     code = """if 1:
         import runpy, sys
-        from rakuten_mm.core.tracking import alias_version, mlflow_client, tracked_run
+        from rakuten_mm.core.tracking import mlflow_client, tracked_run
+        from rakuten_mm.registry.versions import alias_version
         with tracked_run(name='x') as run: mlflow_client().log_text(run, 'hello', 'a.txt')
         assert mlflow_client().get_run(run).info.artifact_uri.startswith('mlflow-artifacts:') and alias_version('champion') is None
         runpy.run_path('scripts/setup_stack.py', run_name='__main__')"""
@@ -221,7 +237,8 @@ def test_f30_every_container_is_confined(compose):
         assert s['cap_drop'] == ['ALL'] and 'cap_add' not in s and s['security_opt'] == ['no-new-privileges:true'], name
         assert s['mem_limit'] and float(s['cpus']) > 0 and int(s['pids_limit']) > 0, name
         assert s['healthcheck']['test'][0] == 'CMD' and s['healthcheck']['retries'] and not s['healthcheck'].get('disable'), name
-        assert s['restart'] == 'unless-stopped' and s['logging']['options'].keys() == {'max-size', 'max-file'} and s['stop_grace_period'], name
+        assert s['restart'] == 'unless-stopped' and s['logging']['options'].keys() == {'max-size',
+                                                                                       'max-file'} and s['stop_grace_period'], name
         for v in s['volumes']:
             source,target,*mode = v.split(':')
             assert source in compose['volumes'] or source.startswith('./') and mode == ['ro'], f'{name}: {v}'
@@ -234,9 +251,11 @@ def test_f30_bases_are_pinned(compose):
     pinned = re.compile(r'[\w./-]+:[\w.-]*\d[\w.-]*@sha256:[0-9a-f]{64}')
     for name,s in compose['services'].items(): assert 'build' in s or pinned.fullmatch(s['image']), name
     docker = (DEPLOY/'Dockerfile').read_text()
-    assert pinned.fullmatch(re.search(r'^ARG PYTHON=(.+)$', docker, re.M)[1]) and set(re.findall(r'^FROM (\S+)', docker, re.M)) == {'${PYTHON}'}
+    assert pinned.fullmatch(re.search(r'^ARG PYTHON=(.+)$', docker, re.M)[1]) and set(re.findall(r'^FROM (\S+)', docker,
+                                                                                                 re.M)) == {'${PYTHON}'}
     assert 'latest' not in docker+COMPOSE.read_text() and '--constraint constraints.txt' in docker
-    assert re.findall(r'^USER (.+)$', docker, re.M)[-1] == compose['services']['api']['user'], 'the image itself does not run as root either'
+    assert re.findall(r'^USER (.+)$', docker,
+                      re.M)[-1] == compose['services']['api']['user'], 'the image itself does not run as root either'
     assert not re.search(r'^(ADD|COPY) .*(\.env|https?:)|^COPY \. ', docker, re.M)
     assert (ROOT/'.dockerignore').read_text().split('\n')[1] == '*', 'nothing is copied that is not named'
 
@@ -248,7 +267,8 @@ def test_f30_what_is_not_ones_business_is_not_ones_environment(compose):
     assert secret('mlflow') == {'MLFLOW_TRACKING_PASSWORD', 'MLFLOW_FLASK_SERVER_SECRET_KEY'}
     assert all(env['fetch'][k] == '' for k in SECRETS), 'its .env brings them, and they are blanked'
     assert [n for n,s in compose['services'].items() if 'env_file' in s] == ['fetch']
-    literal = [l for l in COMPOSE.read_text().splitlines() if re.match(r'\s*\w*(PASSWORD|SECRET|KEY):(?! *(?:\$\{|""$))', l)]
+    literal = [l for l in COMPOSE.read_text().splitlines()
+               if re.match(r'\s*\w*(PASSWORD|SECRET|KEY):(?! *(?:\$\{|""$))', l)]
     assert not literal
 
 
@@ -262,7 +282,8 @@ def test_f30_only_the_proxy_is_believed(compose):
     assert 'listen 8443 ssl;' in conf and not re.search(r'listen \d+;', conf)
 
 
-@pytest.mark.skipif(not shutil.which('nginx') or not shutil.which('openssl'), reason='nginx or openssl is not installed')
+@pytest.mark.skipif(not shutil.which('nginx') or not shutil.which('openssl'),
+                    reason='nginx or openssl is not installed')
 def test_f30_nginx_example(tmp_path):
     "TLS ends here, and a forged X-Forwarded-For with it."
     port,seen = free_port(0), []
@@ -272,14 +293,18 @@ def test_f30_nginx_example(tmp_path):
         seen.append(connection.recv(65536).decode()); connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok'); connection.close()
     threading.Thread(target=answer, daemon=True).start()
     (tmp_path/'certs').mkdir()
-    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2', '-subj', '/CN=localhost', '-keyout', tmp_path/'certs'/'key.pem',
+    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2', '-subj', '/CN=localhost',
+                    '-keyout', tmp_path/'certs'/'key.pem',
                     '-out', tmp_path/'certs'/'cert.pem'], check=True, capture_output=True)
-    conf = (DEPLOY/'nginx.conf').read_text().replace('http://api:8080', f'http://127.0.0.1:{upstream.getsockname()[1]}').replace('8443', f'127.0.0.1:{port}')
+    conf = (DEPLOY/'nginx.conf').read_text().replace('http://api:8080',
+                                                     f'http://127.0.0.1:{upstream.getsockname()[1]}').replace('8443',
+                                                                                                              f'127.0.0.1:{port}')
     (tmp_path/'nginx.conf').write_text(re.sub('/tmp/', f'{tmp_path}/', conf))
     nginx = subprocess.Popen(['nginx', '-c', tmp_path/'nginx.conf', '-g', 'daemon off;'])
     try:
         until(lambda: not nginx.poll() and not socket.socket().connect_ex(('127.0.0.1', port)), 10, 'nginx')
-        r = httpx.get(f'https://127.0.0.1:{port}/', verify=False, headers={'x-forwarded-for': '6.6.6.6'}, trust_env=False)
+        r = httpx.get(f'https://127.0.0.1:{port}/', verify=False, headers={'x-forwarded-for': '6.6.6.6'},
+                      trust_env=False)
     finally: nginx.terminate(); nginx.wait(10); upstream.close()
     assert r.text == 'ok' and 'max-age' in r.headers['strict-transport-security']
     assert 'X-Forwarded-For: 127.0.0.1\r\n' in seen[0] and '6.6.6.6' not in seen[0]
@@ -289,20 +314,24 @@ def test_f30_nginx_example(tmp_path):
 
 def start(*args, **env):
     "deploy/start.py in a process."
-    return subprocess.Popen([sys.executable, str(DEPLOY/'start.py'), *map(str, args)], env=os.environ | {k: str(v) for k,v in env.items()},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen([sys.executable, '-m', 'deploy.start', *map(str, args)], cwd=ROOT, text=True,
+                            start_new_session=True,
+                            env=os.environ | {k: str(v) for k,
+                                              v in env.items()}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def test_start_waits_prepares_and_becomes_the_service(tmp_path):
     state = tmp_path/'raw'/STATE
     service = [sys.executable, '-c', 'import os; print(os.getpid())']
-    p = start('fetch', '--', 'sh', '-c', f'echo prepared > {tmp_path}/note', '--', *service, RAKUTEN_MM_RAW=tmp_path/'raw')
+    p = start('fetch', '--', 'sh', '-c', f'echo prepared > {tmp_path}/note', '--', *service,
+              RAKUTEN_MM_RAW=tmp_path/'raw')
     assert 'waiting: fetch: the first delivery has not arrived yet' in p.stdout.readline() and not (tmp_path/'note').exists()
     state.mkdir(parents=True); (tmp_path/'raw'/WHOLE).touch(); (state/'last.json').write_text(json.dumps(dict(time=time.time(), error='')))
     assert p.communicate(timeout=20)[0].split() == [str(p.pid)] and (tmp_path/'note').exists()
     failed = start('--', 'sh', '-c', 'exit 3', '--', 'touch', tmp_path/'never')
     assert 'sh ended with 3' in failed.communicate()[0] and failed.returncode == 1 and not (tmp_path/'never').exists()
-    for wrong in ([], ['mlflow'], ['--'], ['nothing', '--', 'true'], ['--', 'true', '--']): assert start(*wrong).wait(10) == 1, wrong
+    for wrong in ([], ['mlflow'], ['--'], ['nothing', '--', 'true'],
+                  ['--', 'true', '--']): assert start(*wrong).wait(10) == 1, wrong
 
 
 def test_start_ends_what_a_killed_service_left(tmp_path):
@@ -310,7 +339,8 @@ def test_start_ends_what_a_killed_service_left(tmp_path):
     mark = dict(RAKUTEN_MM_SERVICE='test', RAKUTEN_MM_UP=tmp_path)
     note = str(tmp_path/'child')
     child = f"import os, signal, time; signal.signal(15, signal.SIG_IGN); open({note!r}, 'w').write(str(os.getpid())); time.sleep(99)"
-    first = start('--', sys.executable, '-c', f'import subprocess, sys; subprocess.run([sys.executable, "-c", {child!r}])', **mark)
+    first = start('--', sys.executable, '-c',
+                  f'import subprocess, sys; subprocess.run([sys.executable, "-c", {child!r}])', **mark)
     pid = int(until(lambda: (tmp_path/'child').exists() and (tmp_path/'child').read_text(), 20, 'the child'))
     os.kill(first.pid, signal.SIGKILL); first.wait()
     assert psutil.pid_exists(pid)
@@ -323,8 +353,9 @@ def test_start_ends_what_a_killed_service_left(tmp_path):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='by a call of Linux')
 def test_a_service_ends_with_what_supervises_it(tmp_path):
-    code = "import subprocess, sys, time; print(subprocess.Popen([sys.executable, sys.argv[1], '--', 'sleep', '99']).pid, flush=True); time.sleep(99)"
-    parent = subprocess.Popen([sys.executable, '-c', code, DEPLOY/'start.py'], stdout=subprocess.PIPE, text=True)
+    code = '''import subprocess, sys, time
+print(subprocess.Popen([sys.executable, '-m', 'deploy.start', '--', 'sleep', '99']).pid, flush=True); time.sleep(99)'''
+    parent = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     child = psutil.Process(int(parent.stdout.readline()))
     until(lambda: child.name() == 'sleep', 20, 'the service')
     parent.kill(); parent.wait()
@@ -388,7 +419,8 @@ def test_ingestion_waits_for_a_fetch(raw, tmp_path):
     (mine/STATE).mkdir(); (mine/WHOLE).touch()
     with open(mine/STATE/'lock', 'a') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(OSError, match='still running') as e: ingest(mine, tmp_path/'data', progress=False, wait_s=.2)
+        with pytest.raises(OSError, match='still running') as e: ingest(mine, tmp_path/'data', progress=False,
+                                                                        wait_s=.2)
         assert e.value.exit_code == 75 and not (tmp_path/'data').exists()
         threading.Timer(1, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
         t0 = time.monotonic()
@@ -404,14 +436,17 @@ def test_f29_f30_from_nothing_to_an_answer(tmp_path):
     "One command: passwords, MLflow, a delivery, a training, a promotion, an answer; a killed service comes back; nothing is left behind."
     home,port,mlflow = tmp_path/'home', free_port(0), free_port(0)
     more = dict(RAKUTEN_MM_REMOTE='', API_FORWARDED='127.0.0.2', API_FAILED_LOGINS='5/minute')
-    command = ['scripts/up.sh', '--home', str(home), '--rows', '300', '--preset', 'smoke', '--port', str(port), '--mlflow-port', str(mlflow)]
+    command = ['scripts/up.sh', '--home', str(home), '--rows', '300', '--preset', 'smoke', '--port', str(port),
+               '--mlflow-port', str(mlflow)]
     call = lambda what: subprocess.run([*command[:3], what], cwd=ROOT, capture_output=True, text=True)
-    with open(tmp_path/'out', 'wb') as out: up = subprocess.Popen(command, cwd=ROOT, env=os.environ | more, stdout=out, stderr=subprocess.STDOUT)
+    with open(tmp_path/'out', 'wb') as out: up = subprocess.Popen(command, cwd=ROOT, env=os.environ | more, stdout=out,
+                                                                  stderr=subprocess.STDOUT)
     said = lambda: (tmp_path/'out').read_text(errors='replace')
     try:
         until(lambda: 'is answered' in said() or up.poll() is not None, 900, 'an answer')
         assert up.poll() is None, said()[-3000:]
-        order = ['mlflow is healthy', 'scheduler is healthy', 'is now champion', 'api is healthy', "'Robot électrique pour piscine' is answered"]
+        order = ['mlflow is healthy', 'scheduler is healthy', 'is now champion', 'api is healthy',
+                 "'Robot électrique pour piscine' is answered"]
         assert sorted(order, key=said().index) == order and said().index('fetch is healthy') < said().index('retraining has started')
         assert call('status').returncode == 0 and 'it is up already' in call('up').stderr
         believes_only_the_proxy(f'http://127.0.0.1:{port}', home)
@@ -424,19 +459,24 @@ def test_f29_f30_from_nothing_to_an_answer(tmp_path):
     finally:
         up.terminate(); up.wait(100)
     with socket.create_server(('127.0.0.1', port)), socket.create_server(('127.0.0.1', mlflow)): pass
-    secrets = [l.split('=', 1)[1] for l in (home/'.env').read_text().splitlines() if re.match(r'\w*(PASSWORD|SECRET|KEY)=.', l)]
-    logs = said()+''.join(p.read_text(errors='replace') for d in ('up', 'scheduler') for p in (home/'artifacts'/d).rglob('*.log*'))
+    secrets = [l.split('=', 1)[1] for l in (home/'.env').read_text().splitlines()
+               if re.match(r'\w*(PASSWORD|SECRET|KEY)=.', l)]
+    logs = said()+''.join(p.read_text(errors='replace') for d in ('up', 'scheduler')
+                          for p in (home/'artifacts'/d).rglob('*.log*'))
     assert len(secrets) == 5 and not [s for s in secrets if s in logs]
 
 
 def believes_only_the_proxy(url, home):
     "Wrong passwords are counted by address: by X-Forwarded-For if the proxy says so, by the connection if somebody else does."
-    wrong = lambda c, i: c.get(f'{url}/metrics', auth=('catalogue', f'wrong{i}'), headers={'x-forwarded-for': f'10.0.0.{i}'}).status_code
-    with httpx.Client(transport=httpx.HTTPTransport(local_address='127.0.0.2')) as proxy: assert [wrong(proxy, i) for i in range(1, 9)] == [401]*8
+    wrong = lambda c, i: c.get(f'{url}/metrics', auth=('catalogue', f'wrong{i}'),
+                               headers={'x-forwarded-for': f'10.0.0.{i}'}).status_code
+    with httpx.Client(transport=httpx.HTTPTransport(local_address='127.0.0.2')) as proxy: assert [wrong(proxy, i)
+                                                                                                  for i in range(1, 9)] == [401]*8
     with httpx.Client() as anybody: assert 429 in [wrong(anybody, i) for i in range(1, 9)]
 
 
 def survives_a_kill(port):
     "SIGKILL for MLflow's command; the server below it is then an orphan that holds the port."
-    mine = (p for p in psutil.process_iter(['cmdline']) if 'basic-auth' in (p.info['cmdline'] or []) and p.environ().get('MLFLOW_PORT') == str(port))
+    mine = (p for p in psutil.process_iter(['cmdline']) if 'basic-auth' in (p.info['cmdline'] or [])
+            and p.environ().get('MLFLOW_PORT') == str(port))
     next(mine).kill()

@@ -90,9 +90,13 @@ class Clock:
 # The schedule
 
 @pytest.mark.parametrize('job,why', [
-    (dict(crn='* * * * *'), 'jobs.0.crn: unknown key'), (dict(cron='61 * * * *'), "61"), (dict(cron='0 2 * *'), 'got 4, expected 5'),
-    (dict(cron='0 2 * * 1'), 'days of the week as names'), (dict(cron='0 2 1 * mon'), 'schedulers disagree'), (dict(timezone='Mars/Base'), 'Mars/Base'),
-    (dict(pipeline='fly'), "no pipeline 'fly'; there are ingestion"), (dict(config='nowhere.yaml'), 'nowhere.yaml: no such file'),
+    (dict(crn='* * * * *'), 'jobs.0.crn: unknown key'), (dict(cron='61 * * * *'), "61"), (dict(cron='0 2 * *'),
+                                                                                          'got 4, expected 5'),
+    (dict(cron='0 2 * * 1'), 'days of the week as names'), (dict(cron='0 2 1 * mon'),
+                                                            'schedulers disagree'), (dict(timezone='Mars/Base'),
+                                                                                     'Mars/Base'),
+    (dict(pipeline='fly'), "no pipeline 'fly'; there are ingestion"), (dict(config='nowhere.yaml'),
+                                                                       'nowhere.yaml: no such file'),
     (dict(timeout_s=0), 'timeout_s'), (dict(at_start='always'), 'at_start'), (dict(name='a b'), 'jobs.0.name')])
 def test_schedule_is_checked_before_anything_starts(home, job, why):
     with pytest.raises(ValueError, match=r'schedule.yaml: jobs.0') as e: schedule(home, job)
@@ -114,8 +118,10 @@ def test_time_zone(home):
 def test_shipped_schedule(monkeypatch):
     monkeypatch.chdir(ROOT)
     s = read_schedule()
-    assert {j.pipeline for j in s.jobs} == {'retraining', 'drift', 'api_check'} and s.job('retraining').at_start == 'until_champion'
-    assert s.command(s.job('drift'))[1:] == ['pipeline', 'run', 'zenml_pipelines.drift', '-c', 'zenml_pipelines/configs/drift.yaml', '-s', 'rakuten_local']
+    assert {j.pipeline for j in s.jobs} == {'retraining', 'drift',
+                                            'api_check'} and s.job('retraining').at_start == 'until_champion'
+    assert s.command(s.job('drift'))[1:] == ['pipeline', 'run', 'zenml_pipelines.drift', '-c',
+                                             'zenml_pipelines/configs/drift.yaml', '-s', 'rakuten_local']
 
 
 # One run
@@ -177,7 +183,8 @@ def test_overlapping_runs_are_refused(home):
     assert by_hand.exit_code == 75 and 'another run of api_check is at work' in by_hand.output
     assert runner(s).run(s.jobs[1], 'other').outcome == 'ok'
     waiting = []
-    patient = threading.Thread(target=lambda: waiting.append(runner(s).run(s.jobs[0], 'patient', wait=True))); patient.start()
+    patient = threading.Thread(target=lambda: waiting.append(runner(s).run(s.jobs[0], 'patient',
+                                                                           wait=True))); patient.start()
     (home/'go').touch(); first.join(20); patient.join(20)
     assert waiting[0].outcome == 'ok' and outcomes() == ['ok', 'refused', 'refused', 'ok', 'ok']
 
@@ -189,7 +196,8 @@ def test_trainings_wait_for_each_other(home):
     for t in threads: t.start()
     for t in threads: t.join(30)
     runs = sorted(History().runs(), key=lambda r: r.started)
-    assert [r.outcome for r in runs] == ['ok']*3 and all(a.ended <= b.started+.05 for a,b in zip(runs, runs[1:], strict=False))
+    assert [r.outcome for r in runs] == ['ok']*3 and all(a.ended <= b.started+.05 for a,
+                                                         b in zip(runs, runs[1:], strict=False))
 
 
 def test_two_schedulers_run_what_is_due_once(home):
@@ -260,7 +268,8 @@ def test_due_while_running_is_refused_and_while_waiting_is_not(home):
     for _ in range(3): c.time += 60; c.it.tick()
     assert [(r.job, r.outcome) for r in reversed(History().runs())] == [('check', 'running'), *[('check', 'refused')]*3]
     go.touch(); until(lambda: not c.it.active)
-    assert sorted((r.job, r.outcome) for r in History().runs()) == [('check', 'ok'), *[('check', 'refused')]*3, ('other', 'ok')]
+    assert sorted((r.job, r.outcome) for r in History().runs()) == [('check', 'ok'), *[('check', 'refused')]*3,
+                                                                    ('other', 'ok')]
     c.tick(60)
     assert [r.outcome for r in History().runs(2)] == ['ok', 'ok']
 
@@ -343,7 +352,8 @@ it.run()'''
 
 def service(home, code):
     "A scheduler in a process of its own."
-    return subprocess.Popen([sys.executable, '-c', SERVICE, str(home/'schedule.yaml'), code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, '-c', SERVICE, str(home/'schedule.yaml'), code], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
 
 
 def missed(job='check'):
@@ -376,9 +386,11 @@ def test_killed_scheduler(home):
     child = int(until(lambda: (home/'pid').exists() and (home/'pid').read_text()))
     it.kill(); it.communicate()
     until(lambda: gone(run.pid))
-    assert outcomes() == ['running'] and History().end_orphans(dry=True)[0] == [run.end('abandoned', note='its process is gone', ended=Path(run.log).stat().st_mtime)]
+    assert outcomes() == ['running'] and History().end_orphans(dry=True)[0] == [run.end('abandoned',
+                                                                                        note='its process is gone', ended=Path(run.log).stat().st_mtime)]
     c = Clock(s, at=time.time()); c.tick()
-    assert gone(child) and [(r.outcome, r.why, r.scheduled) for r in History().runs()] == [(o, 'schedule', run.scheduled) for o in ('ok', 'abandoned')]
+    assert gone(child) and [(r.outcome, r.why, r.scheduled) for r in History().runs()] == [(o, 'schedule',
+                                                                                            run.scheduled) for o in ('ok', 'abandoned')]
     c.tick(1); assert len(outcomes()) == 2
 
 
@@ -417,6 +429,23 @@ def test_heartbeat(home):
     assert not health()[0] and CliRunner().invoke(cli, ['scheduler', 'health']).exit_code == 1
 
 
+# Its commands
+
+def test_commands(home):
+    "A schedule that is wrong and a job that is not in it are told in words; a run is a line."
+    (home/'wrong.yaml').write_text('jobs: [{name: x, pipeline: fly, config: nowhere.yaml, cron: 0 2 * * 1, crn: 1}]')
+    call = lambda *args: CliRunner().invoke(cli, [str(a) for a in args])
+    wrong = call('scheduler', 'run', '--schedule', home/'wrong.yaml')
+    assert wrong.exit_code == 1 and 'crn: unknown key' in wrong.output
+    schedule(home)
+    unknown = call('scheduler', 'trigger', 'fly', '--schedule', home/'schedule.yaml')
+    assert unknown.exit_code == 1 and "no job 'fly'; there are check" in unknown.output
+    assert 'nothing was run yet' in call('runs').output
+    History().save(Run('check', 'api_check', 'schedule', started=1e9).end('failed', 1, ended=1e9+61))
+    assert call('runs').output == '2001-09-09 01:46:40  check        failed         61 s  exit 1    schedule\n'
+    assert '"exit_code": 1' in call('runs', '--json', '--pipeline', 'api_check').output
+
+
 # Its records
 
 def test_torn_history(home):
@@ -446,7 +475,8 @@ def test_locked_history(home, monkeypatch):
 def test_history_of_another_host(home):
     "Is for that host to say, or for whoever knows that it is gone."
     h = History()
-    for host in ('elsewhere', identity_of().host): h.save(Run('x', 'x', 'x', watcher=1, watcher_started=1., host=host, log='/nowhere'))
+    for host in ('elsewhere', identity_of().host): h.save(Run('x', 'x', 'x', watcher=1, watcher_started=1., host=host,
+                                                              log='/nowhere'))
     orphans,unknown = h.end_orphans()
     assert [r.outcome for r in orphans] == ['abandoned'] and [r.host for r in unknown] == ['elsewhere']
     assert [r.host for r in h.end_orphans(('elsewhere',), dry=True)[0]] == ['elsewhere'] and h.end_orphans()[1]
@@ -473,14 +503,17 @@ def test_f45_killed_pipeline_run(stack, home, monkeypatch):
     (raw/STATE).mkdir()
     (home/'i.yaml').write_text(yaml.safe_dump(dict(parameters=dict(raw_dir=str(raw), data_dir=str(home/'data')))))
     schedule(home, dict(name='ingestion', pipeline='ingestion', config=str(home/'i.yaml'), timeout_s=300))
-    trigger = [sys.executable, '-m', 'rakuten_mm', 'scheduler', 'trigger', 'ingestion', '--schedule', str(home/'schedule.yaml')]
+    trigger = [sys.executable, '-m', 'rakuten_mm', 'scheduler', 'trigger', 'ingestion', '--schedule',
+               str(home/'schedule.yaml')]
     before = len(abandon().unknown)
-    with FileLock(raw/STATE/'lock'), subprocess.Popen(trigger, stdout=subprocess.DEVNULL) as it:  # the notebook waits for the lock
+    # the notebook waits for the lock
+    with FileLock(raw/STATE/'lock'), subprocess.Popen(trigger, stdout=subprocess.DEVNULL) as it:
         try:
             at_work(60)
             below = lambda: psutil.Process(it.pid).children(recursive=True)
             until(lambda: [p for p in below() if not ended(p) and 'ipykernel_launcher' in p.cmdline()], 180)
-            name,mlflow = next((r.info.run_name, r.info.run_id) for r in running_mlflow() if r.info.run_name.startswith('ingestion-'))
+            name,mlflow = next((r.info.run_name, r.info.run_id) for r in running_mlflow()
+                               if r.info.run_name.startswith('ingestion-'))
             found = abandon()
             assert (found.ended, found.alive, found.errors) == ([], 3, [])
             family = below()
@@ -496,7 +529,8 @@ def test_f45_killed_pipeline_run(stack, home, monkeypatch):
     killed = mlflow_client().get_run(mlflow)
     assert killed.info.status == 'KILLED' and killed.data.tags['abandoned'] == 'its process is gone'
     zen = Client().list_pipeline_runs(name=name, hydrate=True).items[0]
-    assert zen.status == 'failed' and {n: s.status for n,s in zen.steps.items()} == dict(fetch='completed', ingest='failed')
+    assert zen.status == 'failed' and {n: s.status for n,s in zen.steps.items()} == dict(fetch='completed',
+                                                                                         ingest='failed')
     assert outcomes() == ['abandoned']
     (raw/WHOLE).touch()
     assert subprocess.run(trigger, stdout=subprocess.DEVNULL).returncode == 0
@@ -512,12 +546,16 @@ def test_native_schedules(stack, home, monkeypatch):
     with pytest.raises(ValueError, match='the local orchestrator of stack rakuten_local runs no schedules'): native_schedules(s)
     monkeypatch.setattr(LocalOrchestratorConfig, 'is_schedulable', True)
     submitted = []
-    monkeypatch.setattr(LocalOrchestrator, 'submit_pipeline', lambda self, snapshot, **kw: submitted.append(snapshot.schedule.cron_expression))
-    with pytest.raises(ValueError, match='check in another time zone'): native_schedules(schedule(home, dict(timezone='Europe/Paris')))
+    monkeypatch.setattr(LocalOrchestrator, 'submit_pipeline', lambda self, snapshot,
+                        **kw: submitted.append(snapshot.schedule.cron_expression))
+    with pytest.raises(ValueError, match='check in another time zone'): native_schedules(schedule(home,
+                                                                                                  dict(timezone='Europe/Paris')))
     s = schedule(home, dict(cron='0 2 * * mon-fri'), dict(name='often', pipeline='ingestion', cron='*/5 * * * *'))
     (home/'c.yaml').write_text('parameters: {}')
     assert native_schedules(s) == ['check: 0 2 * * mon-fri registered', 'often: */5 * * * * registered']
     assert submitted == ['0 2 * * mon-fri', '*/5 * * * *']
-    assert {x.name: x.cron_expression for x in Client().list_schedules()} == {'check': '0 2 * * mon-fri', 'often': '*/5 * * * *'}
+    assert {x.name: x.cron_expression for x in Client().list_schedules()} == {'check': '0 2 * * mon-fri',
+                                                                              'often': '*/5 * * * *'}
     assert native_schedules(schedule(home, dict(cron='0 2 * * mon-fri')))[0].endswith('unchanged')
-    assert 'still has 0 2 * * mon-fri' in native_schedules(schedule(home, dict(cron='0 4 * * *')))[0] and len(submitted) == 2
+    assert 'still has 0 2 * * mon-fri' in native_schedules(schedule(home,
+                                                                    dict(cron='0 4 * * *')))[0] and len(submitted) == 2

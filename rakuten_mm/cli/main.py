@@ -8,6 +8,7 @@ __all__ = ['ELSEWHERE', 'missing', 'CommandGroup', 'cli', 'main', 'synthesize_co
            'predict_command']
 
 # %% ../../nbs/lib/cli/02_main.ipynb #8684ecb6
+import os, shutil
 from importlib import import_module
 from pathlib import Path
 import click
@@ -71,10 +72,15 @@ file = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option('--test-rows', default=200, help='Unlabelled listings.')
 @click.option('--seed', default=42)
 @click.option('--image-size', default=128, help='Side of the pictures in pixels.')
-def synthesize_command(raw_dir, rows, test_rows, seed, image_size):
+@click.option('--if-needed', is_flag=True, help='Nothing, if RAKUTEN_MM_REMOTE is another place or RAW_DIR exists.')
+def synthesize_command(raw_dir, rows, test_rows, seed, image_size, if_needed):
     "Write synthetic listings in the challenge's format to RAW_DIR."
     from rakuten_mm.synthetic.catalogue import synthesize
-    synthesize(raw_dir, rows, test_rows, seed, image_size)
+    if if_needed and (raw_dir.exists() or os.environ.get('RAKUTEN_MM_REMOTE') != str(raw_dir)): return
+    stage = raw_dir.with_name(f'.{raw_dir.name}.tmp') if if_needed else raw_dir
+    if if_needed: shutil.rmtree(stage, ignore_errors=True)
+    synthesize(stage, rows, test_rows, seed, image_size)
+    if if_needed: stage.rename(raw_dir)  # one that was killed leaves no half a delivery
     click.echo(f'{rows} labelled and {test_rows} unlabelled listings in {raw_dir}')
 
 # %% ../../nbs/lib/cli/02_main.ipynb #ba6cc05b

@@ -1,14 +1,15 @@
-"""Bring up the whole system on this machine: MLflow, fetch, scheduler and API under supervisord, with one log and a clean stop.
+"""Bring up the whole system on this machine: MLflow, fetch, scheduler and API under supervisord, with one log.
 
     scripts/up.sh [up]      start, go on until Ctrl+C or SIGTERM
     scripts/up.sh status    how the services are
     scripts/up.sh stop      end a system that runs elsewhere
     scripts/up.sh run ...   a command that talks to it: scripts/up.sh run rakuten-mm registry list
 
-It reads .env, and makes one with passwords if there is none. Where RAKUTEN_MM_REMOTE is empty it writes a synthetic delivery and fetches that.
+It reads .env, and makes one with passwords if there is none. Where RAKUTEN_MM_REMOTE is empty it writes a synthetic
+delivery and fetches that.
 """
 import argparse
-import fcntl
+import base64
 import hashlib
 import json
 import logging
@@ -25,19 +26,24 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+import psutil
 from dotenv import dotenv_values
+from filelock import FileLock, Timeout
+
+from deploy.health import LOCAL, problem
+from deploy.start import end_with_parent, marked
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT/'deploy'))
-from health import LOCAL, problem  # noqa: E402
-from start import end_with_parent, marked  # noqa: E402
-
 SERVICES = ('mlflow', 'fetch', 'scheduler', 'api')
-NEEDED = ('API_USERNAME', 'API_PASSWORD', 'MLFLOW_TRACKING_USERNAME', 'MLFLOW_TRACKING_PASSWORD', 'MLFLOW_FLASK_SERVER_SECRET_KEY')
-LISTING = dict(designation='Robot électrique pour piscine', description='Nettoie le fond, les parois et la ligne d’eau.')
+NEEDED = ('API_USERNAME', 'API_PASSWORD', 'MLFLOW_TRACKING_USERNAME', 'MLFLOW_TRACKING_PASSWORD',
+          'MLFLOW_FLASK_SERVER_SECRET_KEY')
+SUPERVISOR = ('-c', str(ROOT/'deploy'/'supervisord.conf'))
+LISTING = dict(designation='Robot électrique pour piscine',
+               description='Nettoie le fond, les parois et la ligne d’eau.')
 log = logging.getLogger('up')
 
 
@@ -51,7 +57,7 @@ def make_env_file(path:Path):
 
 
 def port_is_free(port:int)->bool:
-    "Whether this machine's loopback address has nobody there."
+    "True if nobody listens there on this machine."
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: s.bind(('127.0.0.1', port))
@@ -71,7 +77,7 @@ def choose_port(
 
 
 def socket_path(up:Path)->Path:
-    "Where supervisord is spoken to: in a folder of this user's own, because a socket's path may not be long."
+    "Socket of supervisord: in a folder of this user's own, because its path may not be long."
     folder = Path(tempfile.gettempdir())/f'rakuten-mm-{os.getuid()}'
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid() or folder.is_symlink(): sys.exit(f'{folder} belongs to somebody else')
@@ -83,23 +89,26 @@ def environment(
     home:Path, # Has `.env`, `data/` and `artifacts/`
     chosen:dict, # port, mlflow_port, every, rows, preset
 )->dict[str, str]:
-    "What every service finds in its environment; ends the program if `.env` lacks something."
+    "Environment of every service; ends the program if `.env` lacks something."
     env = {k: v for k,v in dotenv_values(home/'.env').items() if v is not None} | os.environ
     if missing := [k for k in NEEDED if not env.get(k)]:
-        sys.exit(f"{home/'.env'} has no {', '.join(missing)}; a good password: python -c 'import secrets; print(secrets.token_urlsafe(32))'")
-    up,mlflow = home/'artifacts'/'up', f"127.0.0.1:{chosen['mlflow_port']}"
+        sys.exit(f"{home/'.env'} has no {', '.join(missing)}; a good password: "
+                 "python -c 'import secrets; print(secrets.token_urlsafe(32))'")
+    artifacts,deliveries,port = home/'artifacts', home/'data'/'deliveries', chosen['mlflow_port']
+    up,mlflow = artifacts/'up', f'127.0.0.1:{port}'
     own = dict(
-        RAKUTEN_MM_CHECKOUT=ROOT, RAKUTEN_MM_UP=up, RAKUTEN_MM_SOCKET=socket_path(up), RAKUTEN_MM_SYNTHETIC=chosen['rows'],
-        RAKUTEN_MM_RAW=home/'data'/'deliveries'/'raw', RAKUTEN_MM_DATA=home/'data'/'catalogue', RAKUTEN_MM_ARTIFACTS=home/'artifacts',
-        RAKUTEN_MM_SCHEDULE=home/'artifacts'/'schedule'/'schedule.yaml', ZENML_CONFIG_PATH=up/'zenml',
+        PYTHONPATH=ROOT, RAKUTEN_MM_CHECKOUT=ROOT, RAKUTEN_MM_UP=up, RAKUTEN_MM_SOCKET=socket_path(up),
+        RAKUTEN_MM_SYNTHETIC=chosen['rows'], RAKUTEN_MM_DELIVERIES=deliveries, RAKUTEN_MM_RAW=deliveries/'raw',
+        RAKUTEN_MM_DATA=home/'data'/'catalogue', RAKUTEN_MM_ARTIFACTS=artifacts,
+        RAKUTEN_MM_SCHEDULE=artifacts/'schedule'/'schedule.yaml', ZENML_CONFIG_PATH=up/'zenml',
         RAKUTEN_MM_API_PORT=chosen['port'], API_URL=f"http://127.0.0.1:{chosen['port']}",
-        MLFLOW_TRACKING_URI=f'http://{mlflow}', MLFLOW_HOST='127.0.0.1', MLFLOW_PORT=chosen['mlflow_port'],
-        MLFLOW_SERVER_ALLOWED_HOSTS=f"{mlflow},localhost:{chosen['mlflow_port']}", MLFLOW_SERVER_CORS_ALLOWED_ORIGINS=f'http://{mlflow}',
+        MLFLOW_TRACKING_URI=f'http://{mlflow}', MLFLOW_HOST='127.0.0.1', MLFLOW_PORT=port,
+        MLFLOW_SERVER_ALLOWED_HOSTS=f'{mlflow},localhost:{port}', MLFLOW_SERVER_CORS_ALLOWED_ORIGINS=f'http://{mlflow}',
         MLFLOW_SERVER_ENABLE_JOB_EXECUTION='false', MLFLOW_AUTH_CONFIG_PATH=ROOT/'deploy'/'mlflow.ini',
-        MLFLOW_AUTH_ADMIN_USERNAME=env['MLFLOW_TRACKING_USERNAME'], MLFLOW_AUTH_ADMIN_PASSWORD=env['MLFLOW_TRACKING_PASSWORD'],
-        OMP_WAIT_POLICY='passive', PYTHONUNBUFFERED='1')
+        MLFLOW_AUTH_ADMIN_USERNAME=env['MLFLOW_TRACKING_USERNAME'],
+        MLFLOW_AUTH_ADMIN_PASSWORD=env['MLFLOW_TRACKING_PASSWORD'], OMP_WAIT_POLICY='passive', PYTHONUNBUFFERED='1')
     env.setdefault('RAKUTEN_MM_FETCH_EVERY', '3600')
-    if not env.get('RAKUTEN_MM_REMOTE'): own |= dict(RAKUTEN_MM_REMOTE=home/'data'/'deliveries'/'synthetic')
+    if not env.get('RAKUTEN_MM_REMOTE'): own |= dict(RAKUTEN_MM_REMOTE=deliveries/'synthetic')
     return env | {k: str(v) for k,v in own.items()}
 
 
@@ -108,7 +117,8 @@ def environment(
 def open_log(up:Path):
     "Lines go to standard output and to `up.log`."
     log.setLevel(logging.INFO)
-    for handler in (logging.StreamHandler(sys.stdout), RotatingFileHandler(up/'up.log', maxBytes=20_000_000, backupCount=3, encoding='utf-8')):
+    file = RotatingFileHandler(up/'up.log', maxBytes=20_000_000, backupCount=3, encoding='utf-8')
+    for handler in (logging.StreamHandler(sys.stdout), file):
         handler.setFormatter(logging.Formatter('%(message)s')); log.addHandler(handler)
 
 
@@ -121,15 +131,14 @@ class Tail:
     "New lines of a file that another process appends to, and now and then renames."
     def __init__(self, path:Path):
         self.path,self.file,self.rest = path, None, ''
-        if path.exists(): self.open(); self.file.seek(0, os.SEEK_END)  # what was there was told by an earlier start
-
-    def open(self): self.file = open(self.path, encoding='utf-8', errors='replace')
+        self.lines()  # what was there was told by an earlier start
 
     def lines(self)->list[str]:
-        "What came since the last call."
+        "Lines that came since the last call."
         text = self.rest+(self.file.read() if self.file else '')
         if self.path.exists() and (not self.file or os.fstat(self.file.fileno()).st_ino != self.path.stat().st_ino):
-            self.open(); text += self.file.read()
+            self.file = self.path.open(encoding='utf-8', errors='replace')
+            text += self.file.read()
         *whole,self.rest = text.replace('\r', '\n').split('\n')
         return [l for l in whole if l.strip()]
 
@@ -155,14 +164,14 @@ class Watch(threading.Thread):
 
 def ask(url:str)->dict:
     "The API's answer to one listing; raises `OSError`."
-    import base64
     login = base64.b64encode(f"{os.environ['API_USERNAME']}:{os.environ['API_PASSWORD']}".encode()).decode()
-    request = urllib.request.Request(f'{url}/predict', json.dumps(LISTING).encode(), {'content-type': 'application/json', 'authorization': f'Basic {login}'})
+    headers = {'content-type': 'application/json', 'authorization': f'Basic {login}'}
+    request = urllib.request.Request(f'{url}/predict', json.dumps(LISTING).encode(), headers)
     with LOCAL.open(request, timeout=30) as r: return json.load(r)
 
 
 class System:
-    "supervisord with the services, and what is seen of them."
+    "supervisord with the services, their logs and their health."
     def __init__(self, home:Path, once:bool):
         self.home,self.once,self.url = home, once, os.environ['API_URL']
         self.up = Path(os.environ['RAKUTEN_MM_UP'])
@@ -177,17 +186,17 @@ class System:
         if self.asked_to_end > 1: self.kill()
 
     def kill(self):
-        for pid in marked('RAKUTEN_MM_UP'):
-            try: os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError: pass
+        for p in marked('RAKUTEN_MM_UP'):
+            with suppress(psutil.NoSuchProcess): p.kill()
 
     def launch(self):
         "supervisord, in a session of its own: a Ctrl+C is for us, and we end it in order."
-        command = [sys.executable, '-m', 'supervisor.supervisord', '-c', str(ROOT/'deploy'/'supervisord.conf')]
-        self.process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent)
+        command = [sys.executable, '-m', 'supervisor.supervisord', *SUPERVISOR]
+        self.process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdin=subprocess.DEVNULL,
+                                        preexec_fn=end_with_parent)
 
     def tell(self):
-        "Pass on what the services said."
+        "Pass on the lines of the services."
         for name,tail in self.tails.items():
             for line in tail.lines(): say(line, name)
 
@@ -195,12 +204,15 @@ class System:
         "The first answer, and how to get the next."
         try: self.answer = ask(self.url)
         except (OSError, ValueError) as e:
-            if str(e) != self.trouble: say(f"no answer yet: {e}{'; does another server have this port?' if '401' in str(e) else ''}"); self.trouble = str(e)
+            hint = '; does another server have this port?' if '401' in str(e) else ''
+            if str(e) != self.trouble: say(f'no answer yet: {e}{hint}'); self.trouble = str(e)
             time.sleep(1); return
-        say(f"{LISTING['designation']!r} is answered: {self.answer['prdtypecode']} {self.answer['label']}, {self.answer['probability']:.0%}")
+        a,title,env = self.answer, LISTING['designation'], os.environ
+        say(f"{title!r} is answered: {a['prdtypecode']} {a['label']}, {a['probability']:.0%}")
         secret = f"$(sed -n 's/^API_PASSWORD=//p' {self.home/'.env'})"
-        say(f"curl -u \"{os.environ['API_USERNAME']}:{secret}\" {self.url}/predict/upload -F designation=\"{LISTING['designation']}\"")
-        say(f"the page for people: {self.url}   MLflow: {os.environ['MLFLOW_TRACKING_URI']} (user {os.environ['MLFLOW_TRACKING_USERNAME']})")
+        say(f'curl -u "{env["API_USERNAME"]}:{secret}" {self.url}/predict/upload -F designation="{title}"')
+        say(f"the page for people: {self.url}   "
+            f"MLflow: {env['MLFLOW_TRACKING_URI']} (user {env['MLFLOW_TRACKING_USERNAME']})")
 
     def run(self)->int:
         "Until we are asked to end, or with `--once` until there is an answer. The exit code."
@@ -232,21 +244,19 @@ class System:
 # Commands ------------------------------------------------------------------------------------------------------------
 
 class Note:
-    "What a system that is up wrote down for `status`, `stop` and `run`."
-    def __init__(self, up:Path): self.path,self.lock = up/'up.json', up/'lock'
+    "Figures of a system that is up, for `status`, `stop` and `run`."
+    def __init__(self, up:Path): self.path,self.lock = up/'up.json', FileLock(up/'lock')
 
     def hold(self):
         "Be the only system of this folder, until this process ends."
-        self.file = open(self.lock, 'a')
-        try: fcntl.flock(self.file, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        except BlockingIOError: sys.exit('it is up already; scripts/up.sh status, or scripts/up.sh stop')
+        try: self.lock.acquire(timeout=0)
+        except Timeout: sys.exit('it is up already; scripts/up.sh status, or scripts/up.sh stop')
 
     def pid(self)->int:
         "The process that is up, or 0."
-        if not self.path.exists(): return 0
-        with open(self.lock, 'a') as f:
-            try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
-            except BlockingIOError: return self.read()['pid']
+        try:
+            if self.path.exists(): self.lock.acquire(timeout=0).lock.release()
+        except Timeout: return self.read()['pid']
         return 0
 
     def read(self)->dict: return json.loads(self.path.read_text())
@@ -254,13 +264,14 @@ class Note:
 
 def start(args, home:Path, note:Note)->int:
     "`up`"
-    if not shutil.which('rclone'): sys.exit('rclone is not installed: `apt install rclone`, `brew install rclone` or https://rclone.org/install/')
-    note.lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not shutil.which('rclone'):
+        sys.exit('rclone is not installed: `apt install rclone`, `brew install rclone` or https://rclone.org/install/')
+    note.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     note.hold()
     made = not (home/'.env').exists()
     if made: make_env_file(home/'.env')
-    ports = dict(port=choose_port(args.port, 8080, '--port'), mlflow_port=choose_port(args.mlflow_port, 5000, '--mlflow-port'))
-    chosen = ports | dict(rows=args.rows, pid=os.getpid())
+    chosen = dict(port=choose_port(args.port, 8080, '--port'), rows=args.rows, pid=os.getpid(),
+                  mlflow_port=choose_port(args.mlflow_port, 5000, '--mlflow-port'))
     os.environ.update(environment(home, chosen))
     if args.preset: os.environ['RAKUTEN_MM_PRESET'] = args.preset
     for d in ('RAKUTEN_MM_ARTIFACTS', 'RAKUTEN_MM_DATA'): Path(os.environ[d]).mkdir(parents=True, exist_ok=True)
@@ -281,7 +292,7 @@ def status(args, home:Path, note:Note)->int:
     if not (pid := note.pid()): print('it is not up'); return 3
     os.environ.update(environment(home, note.read()))
     print(f'up since process {pid}; {os.environ["API_URL"]}, {os.environ["MLFLOW_TRACKING_URI"]}')
-    subprocess.run([sys.executable, '-m', 'supervisor.supervisorctl', '-c', str(ROOT/'deploy'/'supervisord.conf'), 'status'])
+    subprocess.run([sys.executable, '-m', 'supervisor.supervisorctl', *SUPERVISOR, 'status'])
     wrong = [p for p in map(problem, SERVICES) if p]
     print('\n'.join(wrong) or 'all services are healthy')
     return bool(wrong)
@@ -294,7 +305,8 @@ def stop(args, home:Path, note:Note)->int:
     for _ in range(900):
         if note.pid() != pid: print('ended'); return 0
         time.sleep(.1)
-    print(f'process {pid} has not ended after 90 s; kill it, and the services end with it'); return 1
+    print(f'process {pid} has not ended after 90 s; kill it, and the services end with it')
+    return 1
 
 
 def run(args, home:Path, note:Note)->int:
@@ -308,16 +320,18 @@ def run(args, home:Path, note:Note)->int:
 
 def main()->int:
     "Parse and dispatch."
-    parser = argparse.ArgumentParser(prog='scripts/up.sh', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', nargs='?', choices=['up', 'status', 'stop', 'run'], default='up')
-    parser.add_argument('--port', type=int, help='of the API (8080, or a free one if that is taken)')
-    parser.add_argument('--mlflow-port', type=int, help='of MLflow (5000, or a free one if that is taken)')
-    parser.add_argument('--rows', type=int, default=2000, help='synthetic listings, where no partner is configured (2000)')
-    parser.add_argument('--preset', help='what is trained (cpu)')
-    parser.add_argument('--once', action='store_true', help='stop after the first answered prediction; the answer is the last line')
-    parser.add_argument('--home', type=Path, default=ROOT, help='folder with .env, data/ and artifacts/ (the checkout)')
+    parser = argparse.ArgumentParser(prog='scripts/up.sh', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('what', nargs='?', choices=['up', 'status', 'stop', 'run'], default='up')
+    add('--port', type=int, help='of the API (8080, or a free one if that is taken)')
+    add('--mlflow-port', type=int, help='of MLflow (5000, or a free one if that is taken)')
+    add('--rows', type=int, default=2000, help='synthetic listings, where no partner is configured (2000)')
+    add('--preset', help='what is trained (cpu)')
+    add('--once', action='store_true', help='stop after the first answered prediction; the answer is the last line')
+    add('--home', type=Path, default=ROOT, help='folder with .env, data/ and artifacts/ (the checkout)')
     own,command = sys.argv[1:], []
-    if 'run' in own: own,command = own[:own.index('run')+1], own[own.index('run')+1:]  # what follows is not ours to parse
+    if 'run' in own: n = own.index('run')+1; own,command = own[:n], own[n:]  # what follows is not ours to parse
     args = parser.parse_args(own)
     args.command = command
     home = args.home.resolve()
