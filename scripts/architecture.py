@@ -32,6 +32,7 @@ ABOVE = {
     'serving': 'api core stats data.image data.taxonomy data.feedback models registry monitoring.observations',
     'zenml_pipelines': ALLOWED['cli']+' serving.store',
 }
+BESIDE = {'serving.testing': ABOVE['serving']+' data'}  # for tests and quickstart; the server does not import it
 
 
 def modules()->list[Path]:
