@@ -42,7 +42,7 @@ def safe_name(
     why = ('is an absolute path' if name.startswith('/') or re.match('[A-Za-z]:', name)
            else "has a backslash, which is a folder on one system and a letter on another" if '\\' in name
            else "leaves the folder by '..'" if '..' in parts
-           else 'has control characters or is not valid text' if any(unicodedata.category(c) in ('Cc', 'Cs') for c in name)
+           else 'has control characters or is not valid text' if {'Cc', 'Cs'} & {*map(unicodedata.category, name)}
            else 'is too long' if any(len(p.encode()) > 255 for p in parts)
            else f'would be taken for the temporary folder {STAGE}' if parts[:1] == [STAGE] else '')
     if why: raise ArchiveError(f'the name {name!r} {why}; rename it and pack again')
@@ -60,8 +60,9 @@ def claim(
         this = '/'.join(parts[:i]), kind if i == len(parts) else 'folder'
         key = unicodedata.normalize('NFC', unicodedata.normalize('NFC', this[0]).casefold())
         old = seen.setdefault(key, this)
-        if old is not this and (old != this or kind == 'file' and i == len(parts)):
-            raise ArchiveError(f'{name!r} would replace {old[0]!r} (here or on a system that folds case); rename one and pack again')
+        if old is not this and (old != this or (kind == 'file' and i == len(parts))):
+            raise ArchiveError(f'{name!r} would replace {old[0]!r} (here or on a system that folds case); '
+                               'rename one and pack again')
 
 # %% ../../nbs/lib/sources/00_archive.ipynb #03a26250
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ KINDS = {0: 'file', stat.S_IFREG: 'file', stat.S_IFDIR: 'folder', stat.S_IFLNK: 
 def zip_members(
     path:Path # A zip file
 )->Iterator[Member]:
-    "What a zip file's directory lists."
+    "The members that a zip file's directory lists."
     with zipfile.ZipFile(path) as z:
         for i in z.infolist():
             kind = KINDS.get(stat.S_IFMT(i.external_attr>>16), 'a device or pipe')
@@ -126,26 +127,32 @@ def check_members(
     for k in keep: claim(seen, k, 'file')
     for n,m in enumerate(members, 1):
         name = safe_name(m.name)
-        if m.kind not in ('file', 'folder'): raise ArchiveError(f'{m.name!r} is {m.kind}; only plain files and folders are unpacked')
-        if m.kind == 'file' and name.lower().endswith(NESTED): raise ArchiveError(f'{m.name!r} is an archive inside the archive; unpack it and pack again')
+        if m.kind not in ('file', 'folder'):
+            raise ArchiveError(f'{m.name!r} is {m.kind}; only plain files and folders are unpacked')
+        if m.kind == 'file' and name.lower().endswith(NESTED):
+            raise ArchiveError(f'{m.name!r} is an archive inside the archive; unpack it and pack again')
         total += m.size
-        worst = max(m.size/max(m.packed, 1) if m.packed and m.size > limits.free_bytes else 0, total/max(packed, 1) if total > limits.free_bytes else 0)
-        if m.size < 0 or worst > limits.max_ratio: raise ArchiveError(f'{m.name!r} unfolds to over {limits.max_ratio} times its size; pack it again without compression')
-        if total > limits.max_bytes: raise ArchiveError(f'more than {limits.max_bytes:,} bytes at {m.name!r}; send it in parts')
-        if n > limits.max_files: raise ArchiveError(f'more than {limits.max_files:,} members at {m.name!r}; send it in parts')
+        ratio = lambda size, packed: size/packed if packed and size > limits.free_bytes else 0
+        if m.size < 0 or max(ratio(m.size, m.packed), ratio(total, max(packed, 1))) > limits.max_ratio:
+            raise ArchiveError(f'{m.name!r} unfolds to over {limits.max_ratio} times its size; '
+                               'pack it again without compression')
+        over = (f'{limits.max_bytes:,} bytes' if total > limits.max_bytes
+                else f'{limits.max_files:,} members' if n > limits.max_files else '')
+        if over: raise ArchiveError(f'more than {over} at {m.name!r}; send it in parts')
         if name: claim(seen, name, m.kind)
         if m.kind == 'file': sizes[name] = m.size
     if not sizes: raise ArchiveError('it holds no files')
     return sizes
 
 # %% ../../nbs/lib/sources/00_archive.ipynb #f99c6ade
-DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, struct.error, NotImplementedError, RuntimeError, ValueError)
+DAMAGED = (EOFError, RuntimeError, ValueError, struct.error, zlib.error, lzma.LZMAError, tarfile.TarError,
+           zipfile.BadZipFile)
 
 @contextmanager
 def named(
     path:Path # The archive
 ):
-    "Turns what goes wrong while reading `path` into an `ArchiveError` that names it."
+    "Context that turns an error while reading `path` into an `ArchiveError` that names it."
     try: yield
     except ArchiveError as e: raise ArchiveError(f'{path.name}: {e}') from None
     except DAMAGED as e: raise ArchiveError(f'{path.name}: damaged, or packed in a way Python cannot read: {e}') from e
@@ -167,7 +174,7 @@ def check_archive(
     limits:Limits = Limits(),
     keep:Iterable[str] = (), # Files that no member may replace
 )->dict[str, int]: # Bytes by safe name, files only
-    "What `path` would unpack into; raises `ArchiveError`."
+    "The files that `path` would unpack into; raises `ArchiveError`."
     path = Path(path)
     with named(path): return check_members(members(path), path.stat().st_size, limits, keep)
 
@@ -184,7 +191,7 @@ def extract(
             if m.kind == 'folder': continue
             out_path,left = stage/safe_name(m.name), sizes.get(safe_name(m.name), -1)
             out_path.parent.mkdir(parents=True, exist_ok=True)
-            with m.open() as src, open(out_path, 'xb') as out:
+            with m.open() as src, out_path.open('xb') as out:
                 while chunk := src.read(min(1<<16, left+1)):
                     left -= len(chunk)
                     if left < 0: raise ArchiveError(f'{m.name!r} holds more bytes than its header says; pack it again')
@@ -197,12 +204,14 @@ def place(
     dest_dir:Path, # On the same disk
     names:Iterable[str], # Relative to both
 ):
-    "Move files from `stage` to `dest_dir`, replacing; raises `ArchiveError` before the first move if one has no place there."
+    "Move files from `stage` to `dest_dir`, replacing; raises `ArchiveError` before the first move if one does not fit."
     top = dest_dir.resolve()
     parents = {(dest_dir/n).parent for n in names}
     for parent in parents:
-        if not parent.resolve().is_relative_to(top): raise ArchiveError(f'{parent} leads out of {dest_dir}; remove that link')
-        if any(p.exists() and not p.is_dir() for p in (parent, *parent.parents)): raise ArchiveError(f'{parent} is needed as a folder; move that file away')
+        if not parent.resolve().is_relative_to(top):
+            raise ArchiveError(f'{parent} leads out of {dest_dir}; remove that link')
+        if any(p.exists() and not p.is_dir() for p in (parent, *parent.parents)):
+            raise ArchiveError(f'{parent} is needed as a folder; move that file away')
     for n in names:
         if (dest_dir/n).is_dir(): raise ArchiveError(f'{dest_dir/n} is a folder; a file has to go there')
     for parent in parents: parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +232,8 @@ def unpack(
         if stage.exists(): shutil.rmtree(stage)
         stage.mkdir(parents=True)
         need,free = sum(sizes.values()),shutil.disk_usage(stage).free
-        if need > free: raise ArchiveError(f'{path.name}: unpacks to {need:,} bytes and {dest_dir} has {free:,} free; make room')
+        if need > free:
+            raise ArchiveError(f'{path.name}: unpacks to {need:,} bytes and {dest_dir} has {free:,} free; make room')
         with named(path): extract(members(path), stage, sizes, progress); place(stage, dest_dir, sizes)
     finally: shutil.rmtree(stage, ignore_errors=True)
     return sizes

@@ -29,20 +29,23 @@ class Unreachable(FetchError):
 SECRET = re.compile(r'PASS|TOKEN|SECRET|KEY|CREDENTIALS|BEARER|AUTH')
 SHOWN = [(re.compile(r'(://)[^/\s@]+@'), r'\1***@'),
          (re.compile(r'(?i)(\b(?:bearer|basic)\s+)[\w.~+/=-]{6,}'), r'\1***'),
-         (re.compile(r'''(?i)((?:pass(?:word|wd|phrase)?|[\w-]*(?:token|secret|credentials?|signature)|[\w-]*(?:_|-|api|access)key(?:_?id)?|sig)["']?\s*[=:]\s*)("[^"]*"|'[^']*'|[^\s,;:&"'}]+)'''), r'\1***')]
+         (re.compile(r'(?i)((?:pass(?:word|wd|phrase)?|[\w-]*(?:token|secret|credentials?|signature)|sig'
+                     r'''|[\w-]*(?:_|-|api|access)key(?:_?id)?)["']?\s*[=:]\s*)("[^"]*"|'[^']*'|[^\s,;:&"'}]+)'''),
+          r'\1***')]
 
 def scrub(
     text:str # For a log or an error
 )->str:
-    "`text` without what looks like a credential or is one of rclone's settings."
+    "`text` without rclone's secret settings and anything else that looks like a credential."
     for name,value in os.environ.items():
         if name.startswith('RCLONE_') and SECRET.search(name) and len(value) > 5: text = text.replace(value, '***')
     for pattern,shown in SHOWN: text = pattern.sub(shown, text)
     return text
 
 # %% ../../nbs/lib/sources/01_fetch.ipynb #0ae10c5d
-HOPELESS = re.compile(r"""(?i)didn't find |unknown (?:flag|command|shorthand)|unauthorized|\b401\b|forbidden|(?:access|permission) ?denied|invalid_(?:grant|client)"""
-                      r"""|SignatureDoesNotMatch|InvalidAccessKeyId|decrypt|empty token|no refresh token|credentials|downloadQuotaExceeded|no space left""")
+HOPELESS = re.compile(r"(?i)didn't find |unknown (?:flag|command|shorthand)|unauthorized|\b401\b|forbidden|decrypt"
+                      r'|(?:access|permission) ?denied|invalid_(?:grant|client)|SignatureDoesNotMatch|credentials'
+                      r'|InvalidAccessKeyId|empty token|no refresh token|downloadQuotaExceeded|no space left')
 
 def rclone_failure(
     code:int, # Exit code of rclone
@@ -51,15 +54,15 @@ def rclone_failure(
     "The error to raise: `Unreachable` if another try may help."
     told = f"rclone: {scrub(said) or 'no message'}"
     if code in (3, 4): return FetchError(f'{told}; check the path, and that it is shared with this account')
-    if code in (6, 7) or HOPELESS.search(said): return FetchError(f"{told}; check the remote's name and its RCLONE_CONFIG_* variables")
-    return Unreachable(told)
+    if code not in (6, 7) and not HOPELESS.search(said): return Unreachable(told)
+    return FetchError(f"{told}; check the remote's name and its RCLONE_CONFIG_* variables")
 
 # %% ../../nbs/lib/sources/01_fetch.ipynb #dc7b7d81
 def read_log(
     line:str, # One line of rclone's log
     bar:tqdm, # Moved by statistics
 )->str: # An error message, or empty
-    "What a line of the log says."
+    "Read a line of the log."
     try: entry = dict(json.loads(line))
     except (ValueError, TypeError): return re.sub(r'^[\d/]+ [\d:]+ (ERROR : )?', '', line.strip())
     if stats := entry.get('stats'):
@@ -69,8 +72,8 @@ def read_log(
 
 # %% ../../nbs/lib/sources/01_fetch.ipynb #48bfc5cb
 INSTALL = 'rclone is not installed: `apt install rclone`, `brew install rclone` or https://rclone.org/install/'
-FLAGS = ['--use-json-log', '--log-level', 'NOTICE', '--stats', '1s', '--stats-log-level', 'NOTICE', '--ask-password=false',
-         '--retries', '1', '--low-level-retries', '10', '--drive-skip-gdocs']
+FLAGS = ['--use-json-log', '--log-level=NOTICE', '--stats=1s', '--stats-log-level=NOTICE', '--ask-password=false',
+         '--retries=1', '--low-level-retries=10', '--drive-skip-gdocs']
 
 def rclone(
     *args:str, # Command and arguments
@@ -80,9 +83,10 @@ def rclone(
     "Run rclone; raises `FetchError`, or `Unreachable` where another try may help."
     if not shutil.which('rclone'): raise FetchError(INSTALL)
     cmd,said = ['rclone', *args, *FLAGS, '--timeout', f'{timeout_s}s', '--contimeout', f'{timeout_s}s'], ''
-    with tempfile.TemporaryFile('w+', encoding='utf-8', errors='surrogateescape') as out, \
-         tqdm(unit='B', unit_scale=True, desc=f'rclone {args[0]}', disable=not progress) as bar, \
-         subprocess.Popen(cmd, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE, encoding='utf-8', errors='replace') as p:
+    with (tempfile.TemporaryFile('w+', encoding='utf-8', errors='surrogateescape') as out,
+          tqdm(unit='B', unit_scale=True, desc=f'rclone {args[0]}', disable=not progress) as bar,
+          subprocess.Popen(cmd, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE,
+                           encoding='utf-8', errors='replace') as p):
         try:
             for line in p.stderr: said = read_log(line, bar) or said
         except BaseException: p.kill(); raise
@@ -92,7 +96,7 @@ def rclone(
 
 # %% ../../nbs/lib/sources/01_fetch.ipynb #d9fb4410
 STATE = '.fetch' # Folder in the raw folder that is ours
-WHOLE = f'{STATE}/whole' # There while the delivery is whole: goes before the first change, comes back when a fetch ends well
+WHOLE = f'{STATE}/whole' # Mark of a complete delivery: goes before the first change, is back when a fetch ended well
 
 def transfer(
     remote:str,
@@ -100,16 +104,17 @@ def transfer(
     *flags:str, # For rclone
     **kw, # For `rclone`
 )->dict[str, int]: # Bytes by name, of files that are new or changed
-    "Bring `raw_dir` up to date with `remote`, deleting nothing there; raises `ArchiveError` for a name that would not be safe in an archive."
-    room = raw_dir/STATE/f'from-{hashlib.sha256(remote.encode()).hexdigest()[:12]}'
-    for other in {*(raw_dir/STATE).glob('from-*')}-{room}: shutil.rmtree(other)
-    rclone('sync', remote, str(room), '--compare-dest', str(raw_dir), *flags, **kw)
-    moved = {safe_name(p.relative_to(room).as_posix()): p.stat().st_size for p in sorted(room.rglob('*')) if p.is_file()}
+    "Bring `raw_dir` up to date with `remote`, deleting nothing; raises `ArchiveError` for a name that is not safe."
+    stage = raw_dir/STATE/f'from-{hashlib.sha256(remote.encode()).hexdigest()[:12]}'
+    for other in {*(raw_dir/STATE).glob('from-*')}-{stage}: shutil.rmtree(other)
+    rclone('sync', remote, str(stage), '--compare-dest', str(raw_dir), *flags, **kw)
+    files = sorted(p for p in stage.rglob('*') if p.is_file())
+    moved = {safe_name(p.relative_to(stage).as_posix()): p.stat().st_size for p in files}
     if moved: (raw_dir/WHOLE).unlink(missing_ok=True)
     for name in moved:
         (raw_dir/name).parent.mkdir(parents=True, exist_ok=True)
-        (room/name).replace(raw_dir/name)
-    shutil.rmtree(room, ignore_errors=True)
+        (stage/name).replace(raw_dir/name)
+    shutil.rmtree(stage, ignore_errors=True)
     return moved
 
 # %% ../../nbs/lib/sources/01_fetch.ipynb #a692ae7a
@@ -153,14 +158,16 @@ def verify_sums(
     delivered:set[str], # From `check_remote_matches`
     seen:set[str], # Files that differed before; grows
 ):
-    "Raises `Unreachable` after deleting files that differ for the first time, `FetchError` at the second or for missing ones."
-    missing = sorted(sums.keys()-delivered)
-    if missing: raise FetchError(f'{SUMS} lists {len(missing)} files that were not delivered, the first is {missing[0]!r}; ask for them or correct the list')
+    "Raises `Unreachable` after deleting files that differ the first time, `FetchError` the second or for missing ones."
+    if missing := sorted(sums.keys()-delivered):
+        raise FetchError(f'{SUMS} lists {len(missing)} files that were not delivered, the first is {missing[0]!r}; '
+                         'ask for them or correct the list')
     if wrong := [n for n,s in sums.items() if sha256_file(raw_dir/n) != s]: (raw_dir/WHOLE).unlink(missing_ok=True)
     for n in wrong: (raw_dir/n).unlink()
-    if again := seen.intersection(wrong): raise FetchError(f'{min(again)!r} does not have the sha256 that {SUMS} says, fetched twice; ask the sender')
+    if again := seen.intersection(wrong):
+        raise FetchError(f'{min(again)!r} does not have the sha256 that {SUMS} says, fetched twice; ask the sender')
     seen.update(wrong)
-    if wrong: raise Unreachable(f'{len(wrong)} files do not have the sha256 that {SUMS} says, the first is {wrong[0]!r}')
+    if wrong: raise Unreachable(f'{len(wrong)} files have another sha256 than {SUMS} says, the first is {wrong[0]!r}')
 
 # %% ../../nbs/lib/sources/01_fetch.ipynb #9638bcc7
 def one_round(
@@ -175,8 +182,8 @@ def one_round(
     top = rclone('lsf', '--max-depth', '1', remote, timeout_s=timeout_s).split('\n')
     if top == ['']: raise FetchError(f'{scrub(remote)} is empty; check the path')
     flags = ['--exclude', f'/{STATE}/**'] if f'{STATE}/' in top else []
-    text = rclone('cat', remote, '--include', f'/{SUMS}', timeout_s=timeout_s) if SUMS in top else ''
-    if text and (raw_dir/SUMS).is_file() and (raw_dir/SUMS).read_text(encoding='utf-8', errors='surrogateescape') != text: (raw_dir/SUMS).unlink()
+    text,here = rclone('cat', remote, '--include', f'/{SUMS}', timeout_s=timeout_s) if SUMS in top else '', raw_dir/SUMS
+    if text and here.is_file() and here.read_text(encoding='utf-8', errors='surrogateescape') != text: here.unlink()
     moved |= transfer(remote, raw_dir, *flags, timeout_s=timeout_s, progress=progress)
     delivered = check_remote_matches(remote, raw_dir, *flags, timeout_s=timeout_s)
     verify_sums(raw_dir, read_sums(text), delivered, seen)
@@ -193,10 +200,10 @@ def unpack_new(
     done = json.loads(note.read_text()) if note.exists() else {}
     for name in sorted(n for n in delivered if '/' not in n and n.lower().endswith(ARCHIVES)):
         digest,old = sha256_file(raw_dir/name), done.get(name, {'sha256': ''})
-        whole = lambda files: all((raw_dir/n).is_file() and (raw_dir/n).stat().st_size == size for n,size in files.items())
-        if digest != old['sha256'] or not whole(old['files']):
+        here = lambda files: all((p := raw_dir/n).is_file() and p.stat().st_size == size for n,size in files.items())
+        if digest != old['sha256'] or not here(old['files']):
             files = check_archive(raw_dir/name, keep=[STATE])
-            if files.keys() <= delivered and whole(files): continue
+            if files.keys() <= delivered and here(files): continue
             (raw_dir/WHOLE).unlink(missing_ok=True)
             done[name] = {'sha256': digest, 'files': unpack(raw_dir/name, raw_dir, keep=keep, progress=progress)}
             note.with_suffix('.new').write_text(json.dumps(done)); note.with_suffix('.new').replace(note)
@@ -207,7 +214,7 @@ def unpack_new(
 # %% ../../nbs/lib/sources/01_fetch.ipynb #128fed2f
 @dataclass(frozen=True)
 class Fetched:
-    "What a fetch did."
+    "The result of a fetch."
     files:int # New or changed files that arrived
     bytes:int # Their bytes
     seconds:float # From start to end
@@ -222,8 +229,9 @@ def check_remote(
     "Raises `FetchError` for a remote that rclone must not see."
     if not remote.strip() or remote.startswith('-') or any(ord(c) < 32 for c in remote):
         raise FetchError(f'{scrub(remote)!r} is no remote; write name:path, or the path of a folder')
-    here = Path(remote).resolve() if os.path.exists(remote) else None
-    if here and (raw_dir in (here, *here.parents) or here in raw_dir.parents): raise FetchError(f'{remote} and {raw_dir} are one inside the other; choose another folder')
+    here = Path(remote).resolve() if os.path.exists(remote) else None # noqa: PTH110  Path.exists raises for long names
+    if here and (raw_dir in (here, *here.parents) or here in raw_dir.parents):
+        raise FetchError(f'{remote} and {raw_dir} are one inside the other; choose another folder')
 
 # %% ../../nbs/lib/sources/01_fetch.ipynb #126b4ae4
 def fetch(
@@ -238,13 +246,16 @@ def fetch(
     check_remote(remote, raw_dir)
     if not shutil.which('rclone'): raise FetchError(INSTALL)
     (raw_dir/STATE).mkdir(parents=True, exist_ok=True)
-    say = lambda state: tqdm.write(f'{state.outcome.exception()}; trying again in {state.next_action.sleep:.0f} s') if progress else None
-    again = Retrying(stop=stop_after_attempt(retries), wait=wait_exponential_jitter(max=60), retry=retry_if_exception_type(Unreachable), before_sleep=say, reraise=True)
+    say = lambda state: tqdm.write(f'{state.outcome.exception()}; trying again in {state.next_action.sleep:.0f} s')
+    again = Retrying(stop=stop_after_attempt(retries), wait=wait_exponential_jitter(max=60), reraise=True,
+                     retry=retry_if_exception_type(Unreachable), before_sleep=say if progress else None)
     try:
         with FileLock(raw_dir/STATE/'lock', timeout=0):
             delivered = again(one_round, remote, raw_dir, moved, seen, timeout_s, progress)
             archives = unpack_new(raw_dir, delivered, progress)
             (raw_dir/WHOLE).touch()
-    except Timeout: raise Unreachable(f'another fetch into {raw_dir}, or an ingestion of it, is running; wait for it') from None
-    except Unreachable as e: raise Unreachable(f'{e} (tried {retries} times; run it again to go on where it stopped)') from None
+    except Timeout:
+        raise Unreachable(f'another fetch into {raw_dir}, or an ingestion of it, is running; wait for it') from None
+    except Unreachable as e:
+        raise Unreachable(f'{e} (tried {retries} times; run it again to go on where it stopped)') from None
     return Fetched(len(moved), sum(moved.values()), round(time.monotonic()-t0, 3), archives, len(delivered))
