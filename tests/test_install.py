@@ -88,9 +88,9 @@ def run(folder:Path, *args, cwd:Path, **env)->subprocess.CompletedProcess:
 def test_the_wheel_is_the_library(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split('/')[0] for n in names if '.dist-info/' not in n} == {'rakuten_mm'}
-    assert 'rakuten_mm/py.typed' in names
-    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT/'rakuten_mm').rglob('*.py')}
-    assert modules <= set(names)
+    files = {p for p in (ROOT/'rakuten_mm').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+    assert ROOT/'rakuten_mm'/'py.typed' in files
+    assert {p.relative_to(ROOT).as_posix() for p in files} <= {*names}
 
 
 def test_extras_are_what_they_say(wheel):
