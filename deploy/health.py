@@ -35,13 +35,15 @@ def get(
     url:str,
     user:str='',
     password:str='',
+    body:dict|None=None, # Sent as JSON
     timeout_s:float=5,
 )->bytes:
     "The body of a 200; raises `HTTPError` for another answer, `Unwell` for none."
     login = base64.b64encode(f'{user}:{password}'.encode()).decode()
-    headers = {'Authorization': f'Basic {login}'} if user else {}
+    headers = {'content-type': 'application/json'} | ({'authorization': f'Basic {login}'} if user else {})
+    request = urllib.request.Request(url, json.dumps(body).encode() if body else None, headers)
     try:
-        with LOCAL.open(urllib.request.Request(url, headers=headers), timeout=timeout_s) as r: return r.read()
+        with LOCAL.open(request, timeout=timeout_s) as r: return r.read()
     except urllib.error.HTTPError: raise
     except (OSError, ValueError) as e: raise Unwell(f'no answer ({getattr(e, "reason", e)})') from None
 

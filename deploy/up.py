@@ -9,7 +9,6 @@ It reads .env, and makes one with passwords if there is none. Where RAKUTEN_MM_R
 delivery and fetches that.
 """
 import argparse
-import base64
 import hashlib
 import json
 import logging
@@ -24,8 +23,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from contextlib import suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -34,7 +31,7 @@ import psutil
 from dotenv import dotenv_values
 from filelock import FileLock, Timeout
 
-from deploy.health import LOCAL, problem
+from deploy.health import Unwell, get, problem
 from deploy.start import end_with_parent, marked
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,24 +53,15 @@ def make_env_file(path:Path):
     with os.fdopen(os.open(path, os.O_WRONLY|os.O_CREAT|os.O_EXCL, 0o600), 'w') as f: f.write(text)
 
 
-def port_is_free(port:int)->bool:
-    "True if nobody listens there on this machine."
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try: s.bind(('127.0.0.1', port))
-        except OSError: return False
-    return True
-
-
 def choose_port(
     asked:int|None, # By the user, who means it
     usual:int, # Another one will do
     option:str,
 )->int:
-    "A port to listen on; ends the program if the one that was asked for is taken."
-    if asked and not port_is_free(asked): sys.exit(f'port {asked} is taken; {option} chooses another')
-    if asked or port_is_free(usual): return asked or usual
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+    "A port of this machine to listen on; ends the program if the one that was asked for is taken."
+    with suppress(OSError), socket.create_server(('127.0.0.1', asked or usual)): return asked or usual
+    if asked: sys.exit(f'port {asked} is taken; {option} chooses another')
+    with socket.create_server(('127.0.0.1', 0)) as s: return s.getsockname()[1]
 
 
 def socket_path(up:Path)->Path:
@@ -162,14 +150,6 @@ class Watch(threading.Thread):
             time.sleep(self.pause_s*(3 if self.well else 1))
 
 
-def ask(url:str)->dict:
-    "The API's answer to one listing; raises `OSError`."
-    login = base64.b64encode(f"{os.environ['API_USERNAME']}:{os.environ['API_PASSWORD']}".encode()).decode()
-    headers = {'content-type': 'application/json', 'authorization': f'Basic {login}'}
-    request = urllib.request.Request(f'{url}/predict', json.dumps(LISTING).encode(), headers)
-    with LOCAL.open(request, timeout=30) as r: return json.load(r)
-
-
 class System:
     "supervisord with the services, their logs and their health."
     def __init__(self, home:Path, once:bool):
@@ -202,12 +182,14 @@ class System:
 
     def greet(self):
         "The first answer, and how to get the next."
-        try: self.answer = ask(self.url)
-        except (OSError, ValueError) as e:
+        env = os.environ
+        login = env['API_USERNAME'], env['API_PASSWORD']
+        try: self.answer = a = json.loads(get(f'{self.url}/predict', *login, LISTING, timeout_s=30))
+        except (OSError, ValueError, Unwell) as e:
             hint = '; does another server have this port?' if '401' in str(e) else ''
             if str(e) != self.trouble: say(f'no answer yet: {e}{hint}'); self.trouble = str(e)
             time.sleep(1); return
-        a,title,env = self.answer, LISTING['designation'], os.environ
+        title = LISTING['designation']
         say(f"{title!r} is answered: {a['prdtypecode']} {a['label']}, {a['probability']:.0%}")
         secret = f"$(sed -n 's/^API_PASSWORD=//p' {self.home/'.env'})"
         say(f'curl -u "{env["API_USERNAME"]}:{secret}" {self.url}/predict/upload -F designation="{title}"')

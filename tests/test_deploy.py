@@ -1,4 +1,4 @@
-"""The deployment: what compose.yaml promises, that up.sh runs the same commands, and that the system starts from nothing and survives.
+"""The deployment: promises of compose.yaml, the same commands in up.sh, a system that starts from nothing and survives.
 
 There is no container engine here. The file is read, its commands and health checks run as processes.
 """
@@ -74,7 +74,8 @@ def until(true, timeout_s=60, what='it'):
 
 def test_compose_follows_the_published_schema():
     "That of compose-spec (Apache-2.0), as check-jsonschema brings it."
-    schema = json.loads((importlib.resources.files('check_jsonschema')/'builtin_schemas'/'vendor'/'compose-spec.json').read_text())
+    vendor = importlib.resources.files('check_jsonschema')/'builtin_schemas'/'vendor'
+    schema = json.loads((vendor/'compose-spec.json').read_text())
     valid,raw = jsonschema.validators.validator_for(schema)(schema), yaml.safe_load(COMPOSE.read_text())
     assert 'Compose' in schema['title'] and not [e.message for e in valid.iter_errors(raw)]
     raw['services']['api']['helthcheck'] = {}
@@ -85,8 +86,7 @@ def test_every_service_waits_for_the_health_of_what_it_needs(compose):
     needs = lambda s: set(s['command'][3:s['command'].index('--')])-{'champion'}
     for name in OURS:
         s = compose['services'][name]
-        assert {n: 'service_healthy' for n in s.get('depends_on', {})} == {n: d['condition'] for n,
-                                                                           d in s.get('depends_on', {}).items()}
+        assert all(d['condition'] == 'service_healthy' for d in s.get('depends_on', {}).values()), name
         assert {n.replace('database', 'postgres') for n in needs(s)} <= s.get('depends_on', {}).keys(), name
     assert {'mlflow', 'fetch', 'postgres'} == compose['services']['scheduler']['depends_on'].keys()
     assert 'champion' in compose['services']['api']['command'], 'the API waits for a model'
@@ -130,8 +130,8 @@ def test_env_example_names_every_secret(tmp_path):
 def test_up_says_what_env_lacks(tmp_path):
     from deploy import up
     (tmp_path/'.env').write_text('API_USERNAME=x\n')
-    with pytest.raises(SystemExit, match='API_PASSWORD, MLFLOW_TRACKING_USERNAME'): up.environment(tmp_path,
-                                                                                                   dict(port=1, mlflow_port=2, rows=3))
+    with pytest.raises(SystemExit, match='API_PASSWORD, MLFLOW_TRACKING_USERNAME'):
+        up.environment(tmp_path, dict(port=1, mlflow_port=2, rows=3))
 
 
 def test_ports(tmp_path):
@@ -139,8 +139,8 @@ def test_ports(tmp_path):
     from deploy import up
     with socket.create_server(('127.0.0.1', 0)) as s:
         taken = s.getsockname()[1]
-        with pytest.raises(SystemExit, match=f'port {taken} is taken; --port chooses'): up.choose_port(taken, 8080,
-                                                                                                       '--port')
+        with pytest.raises(SystemExit, match=f'port {taken} is taken; --port chooses'):
+            up.choose_port(taken, 8080, '--port')
         assert up.choose_port(None, taken, '--port') != taken
 
 
@@ -159,15 +159,16 @@ def test_f29_nothing_is_published_beyond_this_machine(compose):
 
 @contextmanager
 def mlflow_server(compose, home):
-    "A tracking server, by compose.yaml's command and environment; only its address is another. Gives the environment of its clients."
+    "A tracking server as in compose.yaml, at another address. Gives the environment of its clients."
     s,port = compose['services']['mlflow'], free_port(0)
     own = dict(PYTHONPATH=str(ROOT), MLFLOW_HOST='127.0.0.1', MLFLOW_PORT=str(port),
                MLFLOW_AUTH_CONFIG_PATH=str(DEPLOY/'mlflow.ini'), MLFLOW_TRACKING_URI=f'http://127.0.0.1:{port}')
     hosts = s['environment']['MLFLOW_SERVER_ALLOWED_HOSTS'].replace(':5000', f':{port}')
     env = os.environ | s['environment'] | own | dict(MLFLOW_SERVER_ALLOWED_HOSTS=hosts)
     command = [sys.executable, *s['command'][1:]]
-    with open(home/'log', 'wb') as log: process = subprocess.Popen(command, cwd=home, env=env, stdout=log,
-                                                                   stderr=subprocess.STDOUT, start_new_session=True)
+    with (home/'log').open('wb') as log:
+        process = subprocess.Popen(command, cwd=home, env=env, stdout=log, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
     try:
         until(lambda: check('mlflow', env)[0] == 0 or process.poll() is not None, 120, 'MLflow')
         yield env
@@ -197,8 +198,8 @@ def test_f29_mlflow_is_closed_to_strangers(compose, tmp_path):
             assert [get(host=h) for h in ('evil.example', 'evil.example:5000', '169.254.169.254',
                                           'mlflow.evil.example')] == [403]*4
             assert [post(origin=o) for o in ('https://evil.example', 'null', 'https://mlflow.evil.example')] == [403]*3
-            assert get(auth=None, host='evil.example') == 403 and get(auth=None) == 401 and get(auth=(login[0],
-                                                                                                      'wrong')) == 401
+            assert get(auth=None, host='evil.example') == 403 and get(auth=None) == 401
+            assert get(auth=(login[0], 'wrong')) == 401
             assert c.get(url).status_code == c.get(f'{url}/api/2.0/mlflow-artifacts/artifacts').status_code == 401
             read = c.get(f'{api}/get-by-name', params=dict(experiment_name='Default'),
                          headers=dict(origin='https://evil.example'), auth=login)
@@ -219,7 +220,8 @@ def uses_the_login(env, tmp_path):
         from rakuten_mm.core.tracking import mlflow_client, tracked_run
         from rakuten_mm.registry.versions import alias_version
         with tracked_run(name='x') as run: mlflow_client().log_text(run, 'hello', 'a.txt')
-        assert mlflow_client().get_run(run).info.artifact_uri.startswith('mlflow-artifacts:') and alias_version('champion') is None
+        assert mlflow_client().get_run(run).info.artifact_uri.startswith('mlflow-artifacts:')
+        assert alias_version('champion') is None
         runpy.run_path('scripts/setup_stack.py', run_name='__main__')"""
     more = dict(RAKUTEN_MM_ARTIFACTS=str(tmp_path/'artifacts'), ZENML_CONFIG_PATH=str(tmp_path/'zenml'))
     r = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env | more, capture_output=True, text=True)
@@ -236,12 +238,13 @@ def test_f30_every_container_is_confined(compose):
         assert s['read_only'] is True and any(t.startswith('/tmp:') for t in s['tmpfs']), name
         assert s['cap_drop'] == ['ALL'] and 'cap_add' not in s and s['security_opt'] == ['no-new-privileges:true'], name
         assert s['mem_limit'] and float(s['cpus']) > 0 and int(s['pids_limit']) > 0, name
-        assert s['healthcheck']['test'][0] == 'CMD' and s['healthcheck']['retries'] and not s['healthcheck'].get('disable'), name
-        assert s['restart'] == 'unless-stopped' and s['logging']['options'].keys() == {'max-size',
-                                                                                       'max-file'} and s['stop_grace_period'], name
+        assert s['healthcheck']['test'][0] == 'CMD' and s['healthcheck']['retries'], name
+        assert not s['healthcheck'].get('disable'), name
+        assert s['restart'] == 'unless-stopped' and s['logging']['options'].keys() == {'max-size', 'max-file'}, name
+        assert s['stop_grace_period'], name
         for v in s['volumes']:
-            source,target,*mode = v.split(':')
-            assert source in compose['volumes'] or source.startswith('./') and mode == ['ro'], f'{name}: {v}'
+            source,_,*mode = v.split(':')
+            assert source in compose['volumes'] or (source.startswith('./') and mode == ['ro']), f'{name}: {v}'
             assert 'docker.sock' not in v
     used = {v.split(':')[0] for s in compose['services'].values() for v in s['volumes']}
     assert used >= compose['volumes'].keys()
@@ -251,8 +254,8 @@ def test_f30_bases_are_pinned(compose):
     pinned = re.compile(r'[\w./-]+:[\w.-]*\d[\w.-]*@sha256:[0-9a-f]{64}')
     for name,s in compose['services'].items(): assert 'build' in s or pinned.fullmatch(s['image']), name
     docker = (DEPLOY/'Dockerfile').read_text()
-    assert pinned.fullmatch(re.search(r'^ARG PYTHON=(.+)$', docker, re.M)[1]) and set(re.findall(r'^FROM (\S+)', docker,
-                                                                                                 re.M)) == {'${PYTHON}'}
+    assert pinned.fullmatch(re.search(r'^ARG PYTHON=(.+)$', docker, re.M)[1])
+    assert set(re.findall(r'^FROM (\S+)', docker, re.M)) == {'${PYTHON}'}
     assert 'latest' not in docker+COMPOSE.read_text() and '--constraint constraints.txt' in docker
     assert re.findall(r'^USER (.+)$', docker,
                       re.M)[-1] == compose['services']['api']['user'], 'the image itself does not run as root either'
@@ -290,7 +293,8 @@ def test_f30_nginx_example(tmp_path):
     upstream = socket.create_server(('127.0.0.1', 0))
     def answer():
         connection = upstream.accept()[0]
-        seen.append(connection.recv(65536).decode()); connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok'); connection.close()
+        seen.append(connection.recv(65536).decode())
+        connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok'); connection.close()
     threading.Thread(target=answer, daemon=True).start()
     (tmp_path/'certs').mkdir()
     subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2', '-subj', '/CN=localhost',
@@ -325,20 +329,24 @@ def test_start_waits_prepares_and_becomes_the_service(tmp_path):
     service = [sys.executable, '-c', 'import os; print(os.getpid())']
     p = start('fetch', '--', 'sh', '-c', f'echo prepared > {tmp_path}/note', '--', *service,
               RAKUTEN_MM_RAW=tmp_path/'raw')
-    assert 'waiting: fetch: the first delivery has not arrived yet' in p.stdout.readline() and not (tmp_path/'note').exists()
-    state.mkdir(parents=True); (tmp_path/'raw'/WHOLE).touch(); (state/'last.json').write_text(json.dumps(dict(time=time.time(), error='')))
+    assert 'waiting: fetch: the first delivery has not arrived yet' in p.stdout.readline()
+    assert not (tmp_path/'note').exists()
+    state.mkdir(parents=True); (tmp_path/'raw'/WHOLE).touch()
+    (state/'last.json').write_text(json.dumps(dict(time=time.time(), error='')))
     assert p.communicate(timeout=20)[0].split() == [str(p.pid)] and (tmp_path/'note').exists()
     failed = start('--', 'sh', '-c', 'exit 3', '--', 'touch', tmp_path/'never')
     assert 'sh ended with 3' in failed.communicate()[0] and failed.returncode == 1 and not (tmp_path/'never').exists()
     for wrong in ([], ['mlflow'], ['--'], ['nothing', '--', 'true'],
-                  ['--', 'true', '--']): assert start(*wrong).wait(10) == 1, wrong
+                  ['--', 'true', '--']):
+        assert start(*wrong).wait(10) == 1, wrong
 
 
 def test_start_ends_what_a_killed_service_left(tmp_path):
     "A child that holds the port of a killed parent would keep the new one from starting."
     mark = dict(RAKUTEN_MM_SERVICE='test', RAKUTEN_MM_UP=tmp_path)
     note = str(tmp_path/'child')
-    child = f"import os, signal, time; signal.signal(15, signal.SIG_IGN); open({note!r}, 'w').write(str(os.getpid())); time.sleep(99)"
+    child = ('import os, signal, time; signal.signal(15, signal.SIG_IGN); '
+             f"open({note!r}, 'w').write(str(os.getpid())); time.sleep(99)")
     first = start('--', sys.executable, '-c',
                   f'import subprocess, sys; subprocess.run([sys.executable, "-c", {child!r}])', **mark)
     pid = int(until(lambda: (tmp_path/'child').exists() and (tmp_path/'child').read_text(), 20, 'the child'))
@@ -374,7 +382,7 @@ def test_health_of_fetch_and_database(tmp_path):
     assert check('fetch', env)[0] == 0, 'a delivery is there; that the next one fails does not stop those who read it'
     note(600)
     assert check('fetch', env) == (1, 'fetch: the last fetch was 10 minutes ago\n')
-    with open(raw/STATE/'lock', 'a') as lock:
+    with (raw/STATE/'lock').open('a') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert check('fetch', env)[0] == 0, 'it is at work'
     with socket.create_server(('127.0.0.1', 0)) as s:
@@ -389,7 +397,7 @@ def test_health_of_fetch_and_database(tmp_path):
 
 @needs_rclone
 def test_half_a_delivery_is_not_ingested(raw, tmp_path):
-    "A fetch that is killed between two files leaves a folder that reads without an error. It is refused until a fetch ends well."
+    "A fetch killed between two files leaves a folder that reads without an error: refused until a fetch ends well."
     partner,mine,data = tmp_path/'partner', tmp_path/'raw', tmp_path/'data'
     shutil.copytree(raw, partner)
     code = f"""if 1:
@@ -408,7 +416,8 @@ def test_half_a_delivery_is_not_ingested(raw, tmp_path):
     with pytest.raises(OSError, match='not whole'): ingest(mine, data, progress=False)
     assert fetch(0) == 0
     first = ingest(mine, data, progress=False).manifest['version']
-    next(partner.glob('X_train*.csv')).touch(); (partner/'classes.csv').write_text('prdtypecode,name\n'); next(partner.rglob('*.jpg')).write_bytes(b'new')
+    next(partner.glob('X_train*.csv')).touch(); (partner/'classes.csv').write_text('prdtypecode,name\n')
+    next(partner.rglob('*.jpg')).write_bytes(b'new')
     assert fetch(2) == -9
     with pytest.raises(OSError, match='not whole'): ingest(mine, data, progress=False)
     assert (data/'CURRENT').read_text().strip() == first
@@ -417,10 +426,10 @@ def test_half_a_delivery_is_not_ingested(raw, tmp_path):
 def test_ingestion_waits_for_a_fetch(raw, tmp_path):
     mine = shutil.copytree(raw, tmp_path/'raw')
     (mine/STATE).mkdir(); (mine/WHOLE).touch()
-    with open(mine/STATE/'lock', 'a') as lock:
+    with (mine/STATE/'lock').open('a') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(OSError, match='still running') as e: ingest(mine, tmp_path/'data', progress=False,
-                                                                        wait_s=.2)
+        with pytest.raises(OSError, match='still running') as e:
+            ingest(mine, tmp_path/'data', progress=False, wait_s=.2)
         assert e.value.exit_code == 75 and not (tmp_path/'data').exists()
         threading.Timer(1, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
         t0 = time.monotonic()
@@ -433,21 +442,22 @@ def test_ingestion_waits_for_a_fetch(raw, tmp_path):
 @pytest.mark.system
 @needs_rclone
 def test_f29_f30_from_nothing_to_an_answer(tmp_path):
-    "One command: passwords, MLflow, a delivery, a training, a promotion, an answer; a killed service comes back; nothing is left behind."
+    "One command from passwords to an answer; a killed service comes back; nothing is left behind."
     home,port,mlflow = tmp_path/'home', free_port(0), free_port(0)
     more = dict(RAKUTEN_MM_REMOTE='', API_FORWARDED='127.0.0.2', API_FAILED_LOGINS='5/minute')
     command = ['scripts/up.sh', '--home', str(home), '--rows', '300', '--preset', 'smoke', '--port', str(port),
                '--mlflow-port', str(mlflow)]
     call = lambda what: subprocess.run([*command[:3], what], cwd=ROOT, capture_output=True, text=True)
-    with open(tmp_path/'out', 'wb') as out: up = subprocess.Popen(command, cwd=ROOT, env=os.environ | more, stdout=out,
-                                                                  stderr=subprocess.STDOUT)
+    with (tmp_path/'out').open('wb') as out:
+        up = subprocess.Popen(command, cwd=ROOT, env=os.environ | more, stdout=out, stderr=subprocess.STDOUT)
     said = lambda: (tmp_path/'out').read_text(errors='replace')
     try:
         until(lambda: 'is answered' in said() or up.poll() is not None, 900, 'an answer')
         assert up.poll() is None, said()[-3000:]
         order = ['mlflow is healthy', 'scheduler is healthy', 'is now champion', 'api is healthy',
                  "'Robot électrique pour piscine' is answered"]
-        assert sorted(order, key=said().index) == order and said().index('fetch is healthy') < said().index('retraining has started')
+        assert sorted(order, key=said().index) == order
+        assert said().index('fetch is healthy') < said().index('retraining has started')
         assert call('status').returncode == 0 and 'it is up already' in call('up').stderr
         believes_only_the_proxy(f'http://127.0.0.1:{port}', home)
         survives_a_kill(mlflow)
@@ -467,11 +477,11 @@ def test_f29_f30_from_nothing_to_an_answer(tmp_path):
 
 
 def believes_only_the_proxy(url, home):
-    "Wrong passwords are counted by address: by X-Forwarded-For if the proxy says so, by the connection if somebody else does."
+    "Wrong passwords are counted by address: by X-Forwarded-For if the proxy says so, else by the connection."
     wrong = lambda c, i: c.get(f'{url}/metrics', auth=('catalogue', f'wrong{i}'),
                                headers={'x-forwarded-for': f'10.0.0.{i}'}).status_code
-    with httpx.Client(transport=httpx.HTTPTransport(local_address='127.0.0.2')) as proxy: assert [wrong(proxy, i)
-                                                                                                  for i in range(1, 9)] == [401]*8
+    with httpx.Client(transport=httpx.HTTPTransport(local_address='127.0.0.2')) as proxy:
+        assert [wrong(proxy, i) for i in range(1, 9)] == [401]*8
     with httpx.Client() as anybody: assert 429 in [wrong(anybody, i) for i in range(1, 9)]
 
 

@@ -1,4 +1,4 @@
-"The pipelines as their users run them: a registered stack, YAML; one that succeeds and one that fails by the `zenml` command, the others in this process."
+"The pipelines as users run them: a registered stack, YAML; two by the `zenml` command, the others in this process."
 import json
 import os
 import shutil
@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import PASSWORD, ROOT, USER, running_server
+from conftest import ROOT
 
-from rakuten_mm.core.tracking import EXPERIMENT, alias_version, mlflow_client, register_bundle, tracked_run
+from rakuten_mm.core.tracking import EXPERIMENT, mlflow_client, tracked_run
 from rakuten_mm.data.dataset import Dataset
+from rakuten_mm.registry.versions import alias_version, register_bundle
+from serving.testing import PASSWORD, USER, running_server
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +50,8 @@ def run(pipeline:str, tmp_path, **parameters):
 def last_run():
     "The newest top-level MLflow run."
     client = mlflow_client()
-    found = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id], order_by=['attributes.start_time DESC'])
+    found = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id],
+                               order_by=['attributes.start_time DESC'])
     return next(r for r in found if 'mlflow.parentRunId' not in r.data.tags)
 
 
@@ -58,19 +61,24 @@ def test_ingestion_then_training(stack, raw, tmp_path):
     version = Dataset.open(tmp_path/'data').manifest['version']
     assert last_run().data.tags['data_version'] == version
     before = alias_version('champion')
-    res = zenml('training', tmp_path, data_dir=tmp_path/'data', artifacts_dir=os.environ['RAKUTEN_MM_ARTIFACTS'], preset='smoke', seed=1)
+    res = zenml('training', tmp_path, data_dir=tmp_path/'data', artifacts_dir=os.environ['RAKUTEN_MM_ARTIFACTS'],
+                preset='smoke', seed=1)
     assert res.returncode == 0, res.stdout+res.stderr
     train,client = last_run(), mlflow_client()
-    assert train.info.status == 'FINISHED' and train.data.tags['data_version'] == version and train.data.tags['git_commit']
+    assert train.info.status == 'FINISHED' and train.data.tags['data_version'] == version
+    assert train.data.tags['git_commit']
     assert len(client.get_metric_history(train.info.run_id, 'val/f1_weighted')) > 1
-    assert {a.path for a in client.list_artifacts(train.info.run_id)} == {'bundle', 'evaluation', 'notebooks', 'promotion', 'training'}
-    decision = json.loads(next((Path(os.environ['RAKUTEN_MM_ARTIFACTS'])/'runs').glob('training-*/promote/decision.json')).read_text())
+    assert {a.path for a in client.list_artifacts(train.info.run_id)} == {'bundle', 'evaluation', 'notebooks',
+                                                                          'promotion', 'training'}
+    home = Path(os.environ['RAKUTEN_MM_ARTIFACTS'])/'runs'
+    decision = json.loads(next(home.glob('training-*/promote/decision.json')).read_text())
     assert decision['champion'] == before and alias_version('challenger') == decision['challenger']
     assert (alias_version('champion') == decision['challenger']) == decision['promoted']
 
 
 def test_f42_unknown_parameter(stack, tmp_path):
-    with pytest.raises(ValueError, match='entrypoint arguments') as e: run('training', tmp_path, data_dir=tmp_path, prset='smoke')
+    with pytest.raises(ValueError, match='entrypoint arguments') as e:
+        run('training', tmp_path, data_dir=tmp_path, prset='smoke')
     assert 'prset' in str(e.value.__cause__)
 
 
@@ -82,7 +90,8 @@ def test_f44_failing_notebook(stack, tmp_path):
     failed = last_run()
     assert failed.info.status == 'FAILED'
     zen = Client().list_pipeline_runs(name=failed.info.run_name, hydrate=True).items[0]
-    assert zen.status == 'failed' and {n: s.status for n,s in zen.steps.items()} == dict(fetch='completed', ingest='failed')
+    assert zen.status == 'failed'
+    assert {n: s.status for n,s in zen.steps.items()} == dict(fetch='completed', ingest='failed')
     assert 'notebooks/ingest.ipynb' in {a.path for a in mlflow_client().list_artifacts(failed.info.run_id, 'notebooks')}
     assert not (tmp_path/'data'/'CURRENT').exists()
 
@@ -99,11 +108,14 @@ def test_api_check(stack, bundle, tmp_path, monkeypatch):
         monkeypatch.setenv('API_PASSWORD', 'another')
         with pytest.raises(RuntimeError): run('api_check', tmp_path, url=served.url, wait_s=0.)
         bad = last_run()
-    said = max((Path(os.environ['RAKUTEN_MM_ARTIFACTS'])/'runs').glob('api_check-*/check_api/checks.csv'), key=lambda p: p.stat().st_mtime).read_text()
+    said = max((Path(os.environ['RAKUTEN_MM_ARTIFACTS'])/'runs').glob('api_check-*/check_api/checks.csv'),
+               key=lambda p: p.stat().st_mtime).read_text()
     assert 'credentials,right,401 instead of 200' in said
-    kept = lambda run: {a.path for folder in ('api_check', 'notebooks') for a in mlflow_client().list_artifacts(run.info.run_id, folder)}
+    kept = lambda run: {a.path for folder in ('api_check', 'notebooks')
+                        for a in mlflow_client().list_artifacts(run.info.run_id, folder)}
     for run_,status in ((good, 'FINISHED'), (bad, 'FAILED')):
-        assert run_.info.status == status and {'api_check/checks.csv', 'api_check/golden.csv', 'notebooks/api_check.html'} <= kept(run_)
+        assert run_.info.status == status
+        assert {'api_check/checks.csv', 'api_check/golden.csv', 'notebooks/api_check.html'} <= kept(run_)
         assert PASSWORD not in str(run_.data.params) and (run_.data.metrics['api/failed'] > 0) == (status == 'FAILED')
     assert good.data.metrics['api/golden'] > 5 and good.data.metrics['api/p95_ms'] > 0
 
@@ -117,4 +129,5 @@ def test_drift_with_too_little_traffic(stack, bundle, data_dir, tmp_path, monkey
     monkeypatch.setenv('API_DATABASE_URL', f"sqlite:///{tmp_path/'feedback.db'}")
     run('drift', tmp_path, **values)
     tags = last_run().data.tags
-    assert tags['drift.advice'] == 'wait' and f'0 answers by version {version} in 7 days, 300 are needed' in tags['drift.summary']
+    assert tags['drift.advice'] == 'wait'
+    assert f'0 answers by version {version} in 7 days, 300 are needed' in tags['drift.summary']

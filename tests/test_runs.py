@@ -17,7 +17,8 @@ from zenml_pipelines.run_notebook import NotebookError, run_notebook
 
 def make_notebook(path, *cells, tag=True):
     "A run notebook with one parameter `x`."
-    params = new_code_cell("x:int = 1\nrun_id:str = ''\nout_dir:str = ''", metadata={'tags': ['parameters']} if tag else {})
+    params = new_code_cell("x:int = 1\nrun_id:str = ''\nout_dir:str = ''",
+                           metadata={'tags': ['parameters']} if tag else {})
     spec = {'kernelspec': {'name': 'python3', 'language': 'python', 'display_name': 'python3'}}
     nbformat.write(new_notebook(cells=[params, *(new_code_cell(c) for c in cells)], metadata=spec), path)
 
@@ -38,18 +39,22 @@ def test_train_then_evaluate(data_dir, tmp_path):
         scores = run_notebook('evaluate', tmp_path/'evaluate', run, data_dir=data_dir, train_dir=tmp_path/'train')
     assert res['version'] >= 1 and 0 < scores['test']['f1_weighted'] <= 1
     client = mlflow_client()
-    assert {a.path for a in client.list_artifacts(run, 'notebooks')} == {f'notebooks/{n}.{s}' for n in ('train', 'evaluate') for s in ('ipynb', 'html')}
+    made = {f'notebooks/{n}.{s}' for n in ('train', 'evaluate') for s in ('ipynb', 'html')}
+    assert {a.path for a in client.list_artifacts(run, 'notebooks')} == made
     assert {a.path for a in client.list_artifacts(run, 'evaluation')} == {f'evaluation/{f}' for f in
         ('scores.csv', 'class_report.csv', 'confusion.png', 'slices.csv', 'shortcuts.csv', 'reliability.png')}
-    assert {'ece', 'intervals', 'states', 'shortcuts'} <= scores.keys() and scores['shortcuts']['ids shuffled']['answers_changed'] == 0
+    assert {'ece', 'intervals', 'states', 'shortcuts'} <= scores.keys()
+    assert scores['shortcuts']['ids shuffled']['answers_changed'] == 0
     logged = client.get_run(run).data
     assert logged.metrics['test/f1_weighted'] == pytest.approx(scores['test']['f1_weighted'])
     assert logged.params['seed'] == '42' and {'data_version', 'git_commit'} <= logged.tags.keys()
 
 
 def test_evaluation_refuses_other_data(data_dir, tmp_path):
-    (tmp_path/'result.json').write_text(json.dumps(dict(data_version='0'*16, split='grouped', bundle='', references={})))
-    with pytest.raises(NotebookError, match='was trained on data 0000'): run_notebook('evaluate', tmp_path/'out', data_dir=data_dir, train_dir=tmp_path)
+    (tmp_path/'result.json').write_text(json.dumps(dict(data_version='0'*16, split='grouped', bundle='',
+                                                        references={})))
+    with pytest.raises(NotebookError, match='was trained on data 0000'):
+        run_notebook('evaluate', tmp_path/'out', data_dir=data_dir, train_dir=tmp_path)
 
 
 def test_f42_unknown_parameter(tmp_path):
@@ -73,30 +78,33 @@ def test_f43_lost_tag_is_refused(runs):
     with pytest.raises(TypeError, match='no cell tagged `parameters`'): run_notebook('n', runs/'out', x=5)
 
 
-@pytest.mark.parametrize('cell,why', [('raise KeyError("colour")', 'KeyError'), ('import os; os._exit(9)', 'DeadKernel'),
-                                      ('import os; os.kill(os.getpid(), 9)', 'DeadKernel'),  # as the kernel does where memory runs out
-                                      ('import time; time.sleep(60)', 'Timeout')], ids=['exception', 'dead kernel', 'killed', 'timeout'])
+@pytest.mark.parametrize(('cell', 'why'), [
+    ('raise KeyError("colour")', 'KeyError'), ('import os; os._exit(9)', 'DeadKernel'),
+    ('import os; os.kill(os.getpid(), 9)', 'DeadKernel'),  # as the kernel does where memory runs out
+    ('import time; time.sleep(60)', 'Timeout')], ids=['exception', 'dead kernel', 'killed', 'timeout'])
 def test_f44_notebook_that_does_not_finish(runs, cell, why):
     "It raises, an older result is not mistaken for its own, and what it got to is kept with the run."
     make_notebook(runs/'n.ipynb', 'print("got here")', cell, WRITE)
     (runs/'out').mkdir()
     (runs/'out'/'result.json').write_text('{"x": "yesterday"}')
-    with tracked_run(name='failing') as run:
-        with pytest.raises(NotebookError, match=why): run_notebook('n', runs/'out', run, timeout_s=10, progress=False)
+    with tracked_run(name='failing') as run, pytest.raises(NotebookError, match=why):
+        run_notebook('n', runs/'out', run, timeout_s=10, progress=False)
     assert not (runs/'out'/'result.json').exists()
     assert 'got here' in (runs/'out'/'n.html').read_text()
-    assert {a.path for a in mlflow_client().list_artifacts(run, 'notebooks')} == {'notebooks/n.ipynb', 'notebooks/n.html'}
+    assert {a.path for a in mlflow_client().list_artifacts(run, 'notebooks')} == {'notebooks/n.ipynb',
+                                                                                  'notebooks/n.html'}
 
 
 def test_f44_notebook_that_forgets_its_result(runs):
     make_notebook(runs/'n.ipynb', 'pass')
-    with pytest.raises(NotebookError, match='before writing result.json'): run_notebook('n', runs/'out')
+    with pytest.raises(NotebookError, match=r'before writing result\.json'): run_notebook('n', runs/'out')
 
 
-# Fault 48: nothing is cached by ZenML, which does not see that a notebook changed; what is known already is known by its content
+# Fault 48: nothing is cached by ZenML, which does not see that a notebook changed; content tells what is known already
 
 def test_f48_no_step_and_no_pipeline_is_cached():
-    made = [l for p in (ROOT/'zenml_pipelines').rglob('*.py') for l in p.read_text().splitlines() if l.startswith(('@step', '@pipeline'))]
+    made = [l for p in (ROOT/'zenml_pipelines').rglob('*.py') for l in p.read_text().splitlines()
+            if l.startswith(('@step', '@pipeline'))]
     assert len(made) > 8 and all('enable_cache=False' in l for l in made)
 
 
@@ -108,7 +116,7 @@ def test_f48_edited_notebook_runs_anew(runs):
 
 
 def test_f48_unchanged_data_is_not_worked_on_again(tmp_path):
-    "No new version and no picture encoded; after an edit there is a new version, and only the edited picture is encoded."
+    "No new version and no image encoded; after an edit there is a new version, and only the edited image is encoded."
     raw,data_dir,encoded = synthesize(tmp_path/'raw', 60, 5, progress=False), tmp_path/'data', []
     def prepare():
         data = ingest(raw, data_dir, progress=False)
