@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from bench_ingestion import fingerprint, group_quality
+from benchmarks.ingestion import fingerprint, group_quality
 from click.testing import CliRunner
 from PIL import Image
 
 from rakuten_mm.cli.main import cli
 from rakuten_mm.data.dataset import Dataset, versions
-from rakuten_mm.data.diff import diff, write_csv
+from rakuten_mm.data.diff import diff
+from rakuten_mm.core.files import write_csv
 from rakuten_mm.data.image import InvalidImage, decode_image
 from rakuten_mm.data.ingestion import DataBusyError, ingest
 from rakuten_mm.data.leakage import LeakError, leak_report, tabular_features
@@ -250,13 +251,13 @@ def test_f39_unreadable_pictures(copy, tmp_path):
 
 def test_f39_a_reduced_decode_misses_nothing(copy):
     "The check decodes small and grey; a file cut anywhere is noticed exactly when a full decode notices."
-    from rakuten_mm.data.features import check_picture
+    from rakuten_mm.data.features import check_image
     whole,path = picture(copy, 0).read_bytes(), picture(copy, 0)
     for cut in np.linspace(1, len(whole)-1, 40).astype(int):
         path.write_bytes(whole[:cut])
         try: decode_image(whole[:cut]); full = ''
         except InvalidImage: full = 'bad'
-        assert bool(check_picture(str(path), None)[0]['image_error']) == bool(full), cut
+        assert bool(check_image(str(path), None)[0]['image_error']) == bool(full), cut
 
 
 def test_f39_a_picture_lost_later(raw, tmp_path):

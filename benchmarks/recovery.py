@@ -1,11 +1,9 @@
 """Kill each process of a running system with SIGKILL and measure how long until everything is healthy again.
 
-    scripts/up.sh run python scripts/bench_recovery.py --json out.json
+    scripts/up.sh run python -m benchmarks.recovery --json
 
 Beside the services themselves it kills MLflow's server process below its command, the API's worker, and supervisord.
 """
-import argparse
-import json
 import os
 import signal
 import subprocess
@@ -15,17 +13,17 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT/'deploy'))
-from health import problem  # noqa: E402
+from benchmarks.harness import ROOT, main, option, say
+from deploy.health import problem
 
-SERVICES = ('mlflow', 'fetch', 'scheduler', 'api')
+SERVICES = 'mlflow', 'fetch', 'scheduler', 'api'
 CTL = [sys.executable, '-m', 'supervisor.supervisorctl', '-c', str(ROOT/'deploy'/'supervisord.conf')]
 
 
 def pid_of(name:str)->int:
     "A service's process, or supervisord's; 0 if it has none."
-    try: return int(subprocess.run([*CTL, 'pid', *([] if name == 'supervisord' else [name])], capture_output=True, text=True).stdout)
+    command = [*CTL, 'pid', *([] if name == 'supervisord' else [name])]
+    try: return int(subprocess.run(command, capture_output=True, text=True).stdout)
     except ValueError: return 0
 
 
@@ -44,11 +42,8 @@ def beaten()->float:
     return path.stat().st_mtime if path.exists() else 0
 
 
-def recover(
-    pid:int, # To be killed
-    timeout_s:float,
-)->float: # Seconds
-    "Kill a process and wait until it is gone, every service has a process, and all are healthy, twice in a row; raises `TimeoutError`."
+def recover(pid:int, timeout_s:float)->float: # Seconds
+    "Kill a process and wait until it is gone, every service has a process, and all are healthy, twice in a row."
     t0,killed,well = time.monotonic(), time.time(), 0
     os.kill(pid, signal.SIGKILL)
     while time.monotonic()-t0 < timeout_s:
@@ -60,20 +55,19 @@ def recover(
     raise TimeoutError(f'not healthy {timeout_s:.0f} s after: {wrong()}')
 
 
-def main():
+def bench(args, work:Path)->dict:
     "Kill one after another."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--json', type=Path, help='write the figures here too')
-    parser.add_argument('--timeout', type=float, default=300, help='seconds to wait after each (300)')
-    args = parser.parse_args()
     if w := wrong(): sys.exit(f'not healthy before the first kill: {w}')
-    targets = {n: (pid_of, n) for n in SERVICES} | {"mlflow's server process": (child_of, 'mlflow'), "the API's worker": (child_of, 'api'),
-                                                    'supervisord': (pid_of, 'supervisord')}
+    targets = {n: (pid_of, n) for n in SERVICES}
+    targets |= {"mlflow's server process": (child_of, 'mlflow'), "the API's worker": (child_of, 'api'),
+                'supervisord': (pid_of, 'supervisord')}
     found = {}
     for name,(find,service) in targets.items():
         found[name] = recover(find(service), args.timeout)
-        print(f'{name:24} {found[name]:6.1f} s', flush=True)
-    if args.json: args.json.write_text(json.dumps(dict(recovery_s=found), indent=1))
+        say(f'{name:24} {found[name]:6.1f} s')
+    return dict(recovery_s=found, slowest_recovery_s=max(found.values()))
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    timeout = option('--timeout', type=float, default=300, help='seconds to wait after each (300)')
+    main(bench, __doc__, timeout, isolated=False)

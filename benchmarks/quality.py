@@ -1,0 +1,186 @@
+"""Quality of the default CPU preset beside strong baselines, on the same grouped folds.
+
+    python -m benchmarks.quality --data DIR --json [--e5 FOLDER] [--seeds 3] [--folds 2]
+
+DIR is a delivery in the challenge's format. Each seed deals its listings anew into five folds, near-duplicates
+together; a fold is the test split, an eighth of the rest the validation split. The preset trains on the training
+split and calibrates on validation. Each baseline chooses its regularisation on the validation split of its seed's
+first fold, and is then given both splits to train on. All figures are on test splits, which decide nothing. FOLDER
+holds a multilingual-e5 in Hugging Face's layout; without it (the default looks for ../../models/multilingual-e5-*
+beside DIR) the e5 baselines are left out, and the output says so.
+"""
+import copy
+import shutil
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+
+from benchmarks.harness import main, option, say
+from rakuten_mm.core.config import EncoderConfig, preset
+from rakuten_mm.core.environment import artifacts_dir
+from rakuten_mm.core.process import n_threads
+from rakuten_mm.data.dataset import Dataset
+from rakuten_mm.data.ingestion import ingest
+from rakuten_mm.models.embeddings import EmbeddingStore, encode_pixels
+from rakuten_mm.models.encoders import encoder_fingerprint, hf_encoder, image_encoder
+from rakuten_mm.models.inputs import ProductDataset
+from rakuten_mm.models.stacking import STATES
+from rakuten_mm.stats.calibration import ece
+from rakuten_mm.stats.triage import resample_guarantee
+from rakuten_mm.training.fit import expert_logits, fit, out_of_fold_probs
+
+F1 = 'weighted', 'macro'
+C = dict(tfidf=(.3, 1, 3), image=(3e-4, 1e-3, 3e-3, 1e-2, .1), e5=(1e-3, 3e-3, 1e-2, .1))
+C['e5+image'] = C['image']
+
+
+def deal(data:Dataset, seed:int, fold:int)->Dataset:
+    "The dataset with fold `fold` of the seed's deal as its test split."
+    df = data.products.reset_index(drop=True)
+    folds = lambda n: StratifiedGroupKFold(n, shuffle=True, random_state=seed)
+    parts = lambda n,rows: list(folds(n).split(rows, rows.prdtypecode, rows.group))
+    rest,test = parts(5, df)[fold]
+    split = np.full(len(df), 'train', object); split[test] = 'test'; split[rest[parts(8, df.iloc[rest])[0][1]]] = 'val'
+    out = copy.copy(data)
+    out.__dict__['products'] = df.assign(split=split)
+    return out
+
+
+def baseline_features(data:Dataset, e5:Path|None)->dict[str, np.ndarray]:
+    "Inputs of the dense baselines, one row a product: pooled features of the preset's image encoder, and e5's vectors."
+    df,store = data.products, artifacts_dir()/'embeddings'
+    enc,names = image_encoder('timm:tf_efficientnet_lite0'), df.image.tolist()
+    images = EmbeddingStore(store, encoder_fingerprint(enc, 'baseline'))
+    out = dict(image=images.fill_images(names, data.images_dir, 224, lambda x: encode_pixels(enc, x)).take(names))
+    if e5:
+        text = hf_encoder(str(e5), EncoderConfig(text_prefix='query: '))
+        texts = EmbeddingStore(store, encoder_fingerprint(text, 'baseline'))
+        out['e5'] = texts.take(texts.fill_texts(df.title.tolist(), df.text.tolist(), text.encode))
+        out['e5+image'] = np.concatenate([out['e5'], out['image']], 1)
+    return out
+
+
+def tfidf(df:pd.DataFrame, fit_rows:np.ndarray)->sparse.csr_matrix:
+    "Word and character n-grams, title and description apart, with the vocabulary of `fit_rows`."
+    parts,how = [], dict(sublinear_tf=True, strip_accents='unicode', token_pattern=r'(?u)\b\w+\b')
+    for field in ('title', 'text'):
+        if not df[field].iloc[fit_rows].str.strip().any(): continue
+        for analyzer,ngrams in (('word', (1, 2)), ('char_wb', (3, 5))):
+            v = TfidfVectorizer(analyzer=analyzer, ngram_range=ngrams, **how)
+            parts.append(v.fit(df[field].iloc[fit_rows]).transform(df[field]))
+    return sparse.hstack(parts).tocsr()
+
+
+def linear(name:str, x, y:np.ndarray, rows:np.ndarray, c:float, k:int)->np.ndarray:
+    "Logits of all rows by a linear SVM or a logistic regression that was fitted on `rows`."
+    out = np.full((len(y), k), -5.)
+    if name == 'tfidf': m = LinearSVC(C=c).fit(x[rows], y[rows])
+    else:
+        x = StandardScaler().fit(x[rows]).transform(x).clip(-6, 6)
+        m = LogisticRegression(C=c, max_iter=150).fit(x[rows], y[rows])
+    out[:, m.classes_] = m.decision_function(x)
+    return out
+
+
+def baselines(data:Dataset, dense:dict, y:np.ndarray, chosen:dict)->dict[str, np.ndarray]:
+    "Probabilities of the test rows by each baseline; `chosen` keeps what the seed's first fold decided."
+    df,k = data.products, y.max()+1
+    train,val,test = (np.flatnonzero(df.split == s) for s in ('train', 'val', 'test'))
+    both,out = np.concatenate([train, val]), {}
+    for name in ('tfidf', *dense):
+        x = tfidf(df, both) if name == 'tfidf' else dense[name]
+        if name not in chosen:
+            tried = {c: linear(name, x, y, train, c, k)[val] for c in C[name]}
+            c = max(tried, key=lambda c: f1_score(y[val], tried[c].argmax(1), average='weighted'))
+            nll = lambda t: -log_softmax(tried[c]*np.exp(t), axis=1)[np.arange(len(val)), y[val]].mean()  # noqa: B023
+            chosen[name] = c, float(np.exp(minimize_scalar(nll, bounds=(-3, 4), method='bounded').x))
+        c,scale = chosen[name]
+        out[name] = softmax(linear(name, x, y, both, c, k)[test]*scale, axis=1)
+    experts = [n for n in ('tfidf', 'image', 'e5') if n in out]
+    out['product of '+'*'.join(experts)] = softmax(sum(np.log(out[n]+1e-12) for n in experts), axis=1)
+    return out
+
+
+def ours(data:Dataset, cfg, codes:list[int], seed:int, out_dir:Path)->dict:
+    "Probabilities of the test rows by the preset, and F1 of its inputs and experts."
+    shutil.rmtree(out_dir, ignore_errors=True)
+    fitted = fit(data, cfg, out_dir, seed, progress=False)
+    df,net,store = data.products, fitted.net, artifacts_dir()/'embeddings'
+    test = ProductDataset(df[df.split == 'test'], net, fitted.codes, data.images_dir, store, progress=False)
+    f1 = {}
+    for s,names in dict(text=('linear', 'text'), image=('image',)).items():
+        logits,rows = expert_logits(net, test, s)
+        score = lambda z,y=test.targets[rows]: f1_score(y, z.argmax(1), average='weighted')
+        f1[f'{s}_only'] = score(np.tensordot(net.stack.weights[STATES.index(s)].numpy(), logits, 1))
+        f1[f'{s}_expert'] = max(score(z) for n,z in zip(net.stack.names, logits, strict=True) if n in names)
+    probs = np.zeros((len(test), len(codes)))
+    probs[:, [codes.index(c) for c in fitted.codes]] = out_of_fold_probs(net, test)
+    return dict(probs=probs, seconds=fitted.seconds, **f1)
+
+
+def bench(args, work:Path)->dict:
+    "Ours and the baselines on every fold of every seed."
+    warnings.filterwarnings('ignore'); torch.set_num_threads(n_threads())
+    data = ingest(args.data, work/args.data.name, progress=False)
+    cfg,name = preset(args.preset), f'rakuten-mm {args.preset}'
+    if args.quick: args.folds,cfg = 1, replace(cfg, network=replace(cfg.network, members=2))
+    e5 = args.e5 or next(iter(sorted((args.data.resolve().parents[1]/'models').glob('multilingual-e5-*'))), None)
+    if not e5: say('no e5 model: its baselines are left out')
+    codes = sorted(int(c) for c in data.products.prdtypecode.unique())
+    y,groups = pd.Index(codes).get_indexer(data.products.prdtypecode), data.products.group.to_numpy()
+    dense,rows,mine = baseline_features(data, e5), [], []
+    for seed in range(args.seeds):
+        chosen = {}
+        for fold in range(args.folds):
+            d,begin = deal(data, seed, fold), time.perf_counter()
+            test = np.flatnonzero(d.products.split == 'test')
+            found = {n: dict(probs=p) for n,p in baselines(d, dense, y, chosen).items()}
+            took = time.perf_counter()-begin
+            found[name] = ours(d, cfg, codes, seed, work/'run')
+            mine.append((seed, found[name]['probs'], y[test], groups[test]))
+            for n,r in found.items():
+                preds = r.pop('probs').argmax(1)
+                rows.append(dict(model=n, seed=seed, **{f: f1_score(y[test], preds, average=f) for f in F1}, **r))
+            r = rows[-1]
+            say(f"seed {seed} fold {fold}: weighted {r['weighted']:.4f}, macro {r['macro']:.4f}; "
+                f"{r['seconds']:.0f} s, baselines {took:.0f} s")
+    about = dict(data=args.data.name, listings=len(y), seeds=args.seeds, folds=args.folds, e5=bool(e5))
+    return about | figures(pd.DataFrame(rows), name, mine)
+
+
+def figures(df:pd.DataFrame, name:str, mine:list)->dict:
+    "Means over seeds, margins over the best baseline, calibration, and how often the guarantee holds."
+    by_seed = df.groupby(['model', 'seed'], sort=False)[[*F1]].mean().groupby('model', sort=False).agg(['mean', 'std'])
+    print(by_seed.round(4).to_string())
+    mean,ours = by_seed.xs('mean', axis=1, level=1), df[df.model == name]
+    margin = mean.loc[name]-mean.drop(name).max()
+    joined = lambda parts: [np.concatenate(p) for p in list(zip(*parts, strict=True))[1:]]
+    seeds = sorted({m[0] for m in mine})  # of one seed no listing is there twice
+    draws = [resample_guarantee(*joined(m for m in mine if m[0] == s), n=200, seed=s) for s in seeds]
+    promise = pd.DataFrame(draws).mean()
+    table = {m: {f: by_seed.loc[m, f].to_dict() for f in F1} for m in by_seed.index}
+    return {f'{f}_f1_margin': margin[f] for f in F1} | {f'{f}_f1': mean.loc[name, f] for f in F1} | dict(
+        best_baseline=mean.drop(name).weighted.idxmax(), text_only_gap=(ours.text_only-ours.text_expert).mean(),
+        image_only_gap=(ours.image_only-ours.image_expert).mean(), ece=ece(*joined(mine)[:2]),
+        promise_held=promise.held, auto_coverage=promise.coverage, auto_accuracy=promise.accuracy,
+        naive_held=promise.naive_held, naive_coverage=promise.naive_coverage, fit_s=ours.seconds.median(), table=table)
+
+
+if __name__ == '__main__':
+    main(bench, __doc__, option('--data', type=Path, required=True), option('--preset', default='cpu'),
+         option('--e5', type=Path, help='folder of a multilingual-e5 model'),
+         option('--folds', type=int, default=2, help='test folds of each seed, of five; one with --quick'), seeds=3)
