@@ -17,7 +17,7 @@ def targets_of(
     rows:pd.DataFrame, # Column prdtypecode
     codes:list[int], # Codes the model knows
 )->np.ndarray: # (N,) class indices; -1 for a code the model does not know
-    "What the model should have said about each row."
+    "The class index of each row, by the codes of a model."
     index = {int(c): i for i,c in enumerate(codes)}
     return np.array([index.get(int(c), -1) for c in rows.prdtypecode], dtype=int)
 
@@ -28,11 +28,12 @@ def evaluate(
     references:dict[str, Path]|None = None, # From `fit_references`
     progress:bool = True,
 )->pd.DataFrame: # One row a model and input, with the columns of `metrics.scores`
-    "Scores on the test split of the bundle, of the references, and of the bundle with parts taken away."
+    "Score a bundle, its references, and the bundle with parts taken away, on the test split."
     rows,store = data.products[data.products.split == 'test'], artifacts_dir()/'embeddings'
     score = lambda b,use=('text', 'image'): Predictor.load(b).score(rows, data.images_dir, store, use, progress)
     model = Predictor.load(bundle)
     out = {' + '.join(model.modalities): score(bundle)}
     out |= {f'{m}-only model': score(b) for m,b in (references or {}).items()}
-    if len(model.modalities) > 1: out |= {f'{" + ".join(model.modalities)}, given {m} only': score(bundle, (m,)) for m in model.modalities}
+    if len(model.modalities) > 1:
+        out |= {f'{" + ".join(model.modalities)}, given {m} only': score(bundle, (m,)) for m in model.modalities}
     return pd.DataFrame(out).T.rename_axis('model')
