@@ -15,13 +15,13 @@ def to_mix(
     ref:RequestLog, # With labels
     mix:np.ndarray, # (K,)
 )->np.ndarray: # (M,) weights
-    "Weights that give labelled listings the class mix `mix`."
+    "Weight labelled listings to the class mix `mix`."
     n = np.bincount(ref.labels, minlength=len(mix))
     return np.divide(mix*len(ref), n, out=np.zeros(len(mix)), where=n > 0)[ref.labels]
 
 # %% ../../nbs/lib/monitoring/01_reweighting.ipynb #ba641445
 def states(t:RequestLog)->np.ndarray: # (N,) e.g. `text + image`
-    "Which parts each listing has."
+    "Name the parts that each listing has."
     parts = 'text','description','image'
     names = np.array([' + '.join(p for b,p in enumerate(parts) if i>>b & 1) or 'nothing' for i in range(8)])
     return names[t.table[list(parts)].to_numpy(int)@[1, 2, 4]]
@@ -31,9 +31,10 @@ def to_states(
     target:dict[str, float], # Share of each state
     steps:int = 50,
 )->np.ndarray: # (M,) weights
-    "Weights that give the listings the states' shares `target`, and keep the class mix."
+    "Weight listings to the states' shares `target`, keeping the class mix."
     names,state = np.unique(states(ref), return_inverse=True)
-    w,margins = to_mix(ref, ref.mix), [(state, np.array([target.get(s, 0.) for s in names])), (ref.labels, ref.mix)]
+    wanted = np.array([target.get(s, 0.) for s in names])
+    w,margins = to_mix(ref, ref.mix), [(state, wanted), (ref.labels, ref.mix)]
     for i in range(2*steps):
         group,share = margins[i%2]
         now = np.bincount(group, w, minlength=len(share))/len(w)
@@ -43,20 +44,20 @@ def to_states(
 # %% ../../nbs/lib/monitoring/01_reweighting.ipynb #3da55f61
 def to_estimate(
     ref:RequestLog, # With labels and mix
-    win:RequestLog,
+    win:RequestLog, # What was served
     by_state:bool = False, # Let the states move too
     strength:float = 20., # Listings that the old mix counts for
     least:int = 30, # Listings of a state that an estimate of its own needs
 )->np.ndarray: # (M,) weights
-    "Weights that give the listings the class mix of the traffic, as EM estimates it."
+    "Weight listings to the class mix of the request log, as EM estimates it."
     base,w = to_mix(ref, ref.mix), np.zeros(len(ref))
     here,there = (states(ref), states(win)) if by_state else (np.zeros(len(ref)), np.zeros(len(win)))
     for s in np.unique(there):
         r,v = here == s, there == s
         if not base[r].sum(): continue
         old = np.average(ref.probs[r], axis=0, weights=base[r])
-        new = em_priors(win.probs[v], old, strength) if min(r.sum(), v.sum()) >= least else np.bincount(ref.labels[r], base[r], len(old))
-        each = np.bincount(ref.labels[r], base[r], minlength=len(new))
+        each = np.bincount(ref.labels[r], base[r], len(old))
+        new = em_priors(win.probs[v], old, strength) if min(r.sum(), v.sum()) >= least else each
         x = base[r]*np.divide(new, each, out=np.zeros_like(new), where=each > 0)[ref.labels[r]]
         w[r] = v.mean()*x/max(x.sum(), 1e-12)
     return w*len(ref)/max(w.sum(), 1e-12)
