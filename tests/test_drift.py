@@ -1,4 +1,4 @@
-"Drift: figures that the server records, alarms on the generator's time axis, and the causes that are named."
+"Drift: features that the server records, alarms on the generator's time axis, and the causes that are named."
 import base64
 import json
 import os
@@ -10,16 +10,18 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
-from bench_drift import dark, listings, serve, stability, train
 from conftest import ROOT
 from test_pipelines import last_run, run
 
-from rakuten_mm.core.config import artifacts_dir, preset, single_modality
-from rakuten_mm.core.tracking import MODEL, mlflow_client, register_bundle, tracked_run
+from benchmarks.drift import dark, listings, serve, stability, train
+from rakuten_mm.core.config import preset, single_modality
+from rakuten_mm.core.environment import artifacts_dir
+from rakuten_mm.core.tracking import mlflow_client, tracked_run
 from rakuten_mm.data.dataset import Dataset
 from rakuten_mm.models.predictor import Predictor
 from rakuten_mm.monitoring.drift import CAUSES, detect
-from rakuten_mm.monitoring.observations import FACTS, of_dataset, of_served
+from rakuten_mm.monitoring.observations import FEATURES, of_dataset, of_served
+from rakuten_mm.registry.versions import MODEL, register_bundle
 from serving.store import Store
 from zenml_pipelines.scheduler import request_path
 
@@ -40,7 +42,9 @@ def test_alarm_in_time(early):
     "Deciles of two other catalogues: the label mix is named in the first that drifted moderately, by the next in both."
     model,ref = early
     first = min(k for k in range(3, 10) if stability(k) > .1)
-    caught = {k: [detect(ref, serve(model, window(seed, np.arange(k*2_000, (k+1)*2_000)))).causes for seed in (11, 12)] for k in (first, first+1)}
+    decile = lambda seed, k: window(seed, np.arange(k*2_000, (k+1)*2_000))
+    causes_of = lambda seed, k: detect(ref, serve(model, decile(seed, k))).causes
+    caught = {k: [causes_of(seed, k) for seed in (11, 12)] for k in (first, first+1)}
     assert any(caught[first]) and all(caught[first+1])
     assert all(c in ([LABEL], []) for causes in caught.values() for c in causes)
 
@@ -67,9 +71,10 @@ def test_causes_made_to_order(early, now):
     assert named(other) == [LABEL]
     assert named(lost(now)) == [PARTS]
     assert named(lost(other)) == [LABEL, PARTS]
-    add = lambda x: x | dict(designation=f"Neuf sous blister, envoi rapide et suivi {x['designation']}") if rng.random() < .5 else x
-    worded = detect(ref, serve(model, [add(x) for x in now]))
-    assert worded.causes == [CONTENT] and worded.advice == 'retrain' and {'title length', 'text vectors'} <= {s.name for s in worded.shifts if s.alarm}
+    title = lambda x: f"Neuf sous blister, envoi rapide et suivi {x['designation']}"
+    worded = detect(ref, serve(model, [x | dict(designation=title(x)) if rng.random() < .5 else x for x in now]))
+    assert worded.causes == [CONTENT] and worded.advice == 'retrain'
+    assert {'title length', 'text vectors'} <= {s.name for s in worded.shifts if s.alarm}
 
 
 def mixed(seed, n):
@@ -77,8 +82,8 @@ def mixed(seed, n):
     return list(listings(seed, np.random.default_rng(seed).permutation(2_000)[:n], 2_000, 128))
 
 
-def test_pictures(bundle, data_dir):
-    "Pictures that no longer come are a missing part, other pictures are content."
+def test_images(bundle, data_dir):
+    "Images that no longer come are a missing part, other images are content."
     model = Predictor.load(bundle)
     data = Dataset.open(data_dir)
     rows = data.products[data.products.split != 'train'].sort_values('id')  # also of `val`: the delivery is small
@@ -86,43 +91,47 @@ def test_pictures(bundle, data_dir):
     ref = replace(ref, mix=np.bincount(ref.labels, minlength=len(ref.codes))/len(ref), mix_size=len(ref))
     items = mixed(21, 400)
     assert detect(ref, serve(model, items)).causes == []
-    assert detect(ref, serve(model, [x | dict(image=None) if i%2 and x['designation'] else x for i,x in enumerate(items)])).causes == [PARTS]
+    lost = [x | dict(image=None) if i%2 and x['designation'] else x for i,x in enumerate(items)]
+    assert detect(ref, serve(model, lost)).causes == [PARTS]
     darker = detect(ref, serve(model, [x | dict(image=dark(x['image'])) for x in items]))
     assert CONTENT in darker.causes and 'brightness' in {s.name for s in darker.shifts if s.alarm}
 
 
 def test_server_records_what_the_dataset_says(server, bundle, data_dir):
-    "Of every listing, whatever its lane: the same figures as those of the same listing in a dataset."
+    "Of every listing, whatever its lane: the same features as those of the same listing in a dataset."
     model,data = Predictor.load(bundle), Dataset.open(data_dir)
     rows = data.products[data.products.title != ''].head(12)
     start = datetime.now(UTC)
-    picture = lambda r: base64.b64encode((data.images_dir/r.image).read_bytes()).decode()
-    products = [dict(designation=r.designation, description=r.description, image=picture(r)) for r in rows.itertuples()]
+    image = lambda r: base64.b64encode((data.images_dir/r.image).read_bytes()).decode()
+    products = [dict(designation=r.designation, description=r.description, image=image(r)) for r in rows.itertuples()]
     with server.http() as c:
         answers = [c.post('/predict', json=p).json() for p in products]
     with closing(Store(server.database, data_dir)) as store:
         end = time.monotonic()+10
         while len(rows_served := store.served(start)) < len(rows) and time.monotonic() < end: time.sleep(.1)
         served = of_served(rows_served, model.codes, answers[0]['model_version'])
-        assert store.get(answers[0]['prediction_id']).facts.keys() == set(FACTS)
+        assert store.get(answers[0]['prediction_id']).facts.keys() == set(FEATURES)
     want = of_dataset(model, rows, data.images_dir, progress=False)
     assert len(served) == len(want) == 12
     same = ['title_length', 'description_length', 'language', 'width', 'height']
     assert served.table[same].equals(want.table[same])
     assert np.allclose(served.table[['padding', 'brightness']], want.table[['padding', 'brightness']])
     assert np.allclose(served.probs, want.probs, atol=.01) and served.table.lane.tolist() == want.table.lane.tolist()
-    for m in ('text', 'image'): assert np.allclose(served.sketches[m], want.sketches[m], atol=.15)
+    for m in ('text', 'image'): assert np.allclose(served.projections[m], want.projections[m], atol=.15)
 
 
-def record(store, traffic, version, since):
-    "Store traffic as the server would have."
-    for i,(facts,p,lane) in enumerate(zip(traffic.table[list(FACTS)].astype(object).to_dict('records'), traffic.probs, traffic.table.lane, strict=True)):
-        part = lambda s: None if np.isnan(s).any() else [round(float(v), 2) for v in s]
-        facts = {k: None if v != v else v for k,v in facts.items()}
-        store.add(dict(id=str(uuid.uuid4()), created_at=since+timedelta(seconds=i), user='anna', model_version=version, prdtypecode=10, probability=.5,
-                       lane=lane, usefulness=.5, top_k=[], candidates=None, modalities=['text'], text_sha256='', image_sha256='', has_inputs=0,
-                       designation=None, description=None, facts=facts, probs=[round(float(v), 4) for v in p],
-                       sketch={m: part(s[i]) for m,s in traffic.sketches.items()}))
+def record(store, log, version, since):
+    "Store a request log as the server would have."
+    part = lambda s: None if np.isnan(s).any() else [round(float(v), 2) for v in s]
+    same = dict(user='anna', model_version=version, prdtypecode=10, probability=.5, usefulness=.5, top_k=[],
+                candidates=None, modalities=['text'], text_sha256='', image_sha256='', has_inputs=0,
+                designation=None, description=None)
+    features = log.table[list(FEATURES)].astype(object).to_dict('records')
+    for i,(facts,p,lane) in enumerate(zip(features, log.probs, log.table.lane, strict=True)):
+        store.add(same | dict(id=str(uuid.uuid4()), created_at=since+timedelta(seconds=i), lane=lane,
+                              facts={k: None if v != v else v for k,v in facts.items()},
+                              probs=[round(float(v), 4) for v in p],
+                              sketch={m: part(s[i]) for m,s in log.projections.items()}))
     store.waiting.join()
     assert store.dropped == 0
 
@@ -138,22 +147,28 @@ def champion(bundle):
 
 
 def test_pipeline_asks_for_a_training(stack, champion, bundle, data_dir, tmp_path, monkeypatch):
-    "From the server's database to a report, and a request that the scheduler takes: titles that the model was not made for."
+    "From the server's database to a report, and a request that the scheduler takes: titles of another kind."
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv('API_DATABASE_URL', f"sqlite:///{tmp_path/'feedback.db'}")
     request_path('retraining').unlink(missing_ok=True)
     model,name = Predictor.load(bundle), f'{MODEL}/{champion}'
     items = [x | dict(designation='Offre pro, livraison express : '*3+x['designation']) for x in mixed(31, 320)]
-    with closing(Store(os.environ['API_DATABASE_URL'], tmp_path)) as store: record(store, serve(model, items), name, datetime.now(UTC)-timedelta(hours=1))
-    run('drift', tmp_path, data_dir=data_dir, artifacts_dir=os.environ['RAKUTEN_MM_ARTIFACTS'], levels=dict(alpha=.01), retrain=True)
+    with closing(Store(os.environ['API_DATABASE_URL'], tmp_path)) as store:
+        record(store, serve(model, items), name, datetime.now(UTC)-timedelta(hours=1))
+    run('drift', tmp_path, data_dir=data_dir, artifacts_dir=os.environ['RAKUTEN_MM_ARTIFACTS'],
+        levels=dict(alpha=.01), retrain=True)
     made = last_run()
     report = json.loads(next((artifacts_dir()/'runs').glob('drift-*/detect/result.json')).read_text())
-    assert report['n_window'] == 320 and report['model_version'] == name and report['data_version'] == Dataset.open(data_dir).manifest['version']
-    assert CONTENT in report['causes'] and report['advice'] == made.data.tags['drift.advice'] == 'retrain' and 'title length' in report['summary']
+    assert report['n_window'] == 320 and report['model_version'] == name
+    assert report['data_version'] == Dataset.open(data_dir).manifest['version']
+    assert CONTENT in report['causes'] and report['advice'] == made.data.tags['drift.advice'] == 'retrain'
+    assert 'title length' in report['summary']
     kept = {a.path for a in mlflow_client().list_artifacts(made.info.run_id, 'drift')}
-    assert kept == {f'drift/{f}' for f in ('effects.png', 'mix.png', 'shifts.csv', 'report.txt')} and made.data.metrics['drift/title_length'] > .5
+    assert kept == {f'drift/{f}' for f in ('effects.png', 'mix.png', 'shifts.csv', 'report.txt')}
+    assert made.data.metrics['drift/title_length'] > .5
     asked = json.loads(request_path('retraining').read_text())
-    assert 'content moved' in asked['why'] and abs(datetime.fromisoformat(asked['asked_at'])-datetime.now(UTC)) < timedelta(minutes=5)
+    assert 'content moved' in asked['why']
+    assert abs(datetime.fromisoformat(asked['asked_at'])-datetime.now(UTC)) < timedelta(minutes=5)
     request_path('retraining').unlink()
 
 
