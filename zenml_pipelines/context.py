@@ -8,12 +8,17 @@ from zenml import get_step_context
 
 from rakuten_mm.core.environment import artifacts_dir
 from rakuten_mm.core.process import identity_of
+from zenml_pipelines.run_notebook import run_notebook
 
 
 class StepRun(NamedTuple):
     "Where a step logs and writes."
     run_id:str # MLflow run that ZenML's tracker started, or empty without a tracker
     out_dir:Path
+
+    def notebook(self, name:str, **params)->dict:
+        "Execute a run notebook; see `run_notebook`."
+        return run_notebook(name, self.out_dir, self.run_id, **params)
 
 
 def step_run(

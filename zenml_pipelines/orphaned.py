@@ -3,7 +3,6 @@ ZenML and in MLflow.
 
 Runs of other machines, and runs that name no process, are listed and left alone.
 """
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rakuten_mm.core.process import ProcessIdentity, from_tags, is_gone
@@ -75,22 +74,17 @@ def end_zenml(found:Orphans, names:set[str], dry_run:bool, gone_hosts:tuple[str,
         client.zen_store.update_run(run.id, update)
 
 
-def running_mlflow()->Iterator:
+def running_mlflow()->list:
     "All runs that MLflow believes to be at work."
     from rakuten_mm.core.tracking import EXPERIMENT, mlflow_client
-    client,token = mlflow_client(), None
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    while experiment:
-        page = client.search_runs([experiment.experiment_id], "attributes.status = 'RUNNING'", max_results=500,
-                                  page_token=token)
-        yield from page
-        if not (token := page.token): return
+    experiments = [e.experiment_id for e in mlflow_client().search_experiments(filter_string=f"name = '{EXPERIMENT}'")]
+    return mlflow_client().search_runs(experiments, "attributes.status = 'RUNNING'", max_results=50_000)
 
 
 def end_mlflow(found:Orphans, names:set[str], dry_run:bool, gone_hosts:tuple[str, ...]):
     "Runs in MLflow, those of a pipeline run that was killed before it could name its process too."
     from rakuten_mm.core.tracking import mlflow_client
-    for run in list(running_mlflow()):
+    for run in running_mlflow():
         process = from_tags(run.data.tags)
         gone = is_gone(process, gone_hosts) if process else (run.info.run_name in names or None)
         found.add(gone, f'MLflow {run.info.run_name}', process)

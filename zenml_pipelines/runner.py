@@ -138,9 +138,14 @@ class Runner:
         self.history.save(run)
         self.say(f'{job.name} has started ({run.why}); it prints to {run.log}')
         with Path(run.log).open('rb') as printed:
-            echo = Echo(printed, lambda line: self.say(f'[{job.name}] {line}'))
+            rest = b''
+            def echo():
+                nonlocal rest
+                *lines,rest = (rest+printed.read()).split(b'\n')
+                for line in lines: self._echo(job, line)
             why = watch(child, job.timeout_s, self.stopping, self.schedule.grace_s, echo)
-            echo(end=True)
+            echo()
+            if rest: self._echo(job, rest)
         code = 128-child.returncode if child.returncode < 0 else child.returncode
         note = f'ended by signal {code-128}' if code > 128 else ''
         self.history.save(run.end(why or ('failed' if code else 'ok'), code, note))
@@ -148,13 +153,6 @@ class Runner:
         if code > 128 and not self.stopping.is_set(): self.clean_up()
         return run
 
-
-class Echo:
-    "Passes on the lines of a file that is being written."
-    def __init__(self, file, say:Callable[[str], None]): self.file,self.say,self.rest = file, say, b''
-
-    def __call__(self, end:bool = False):
-        *lines,self.rest = (self.rest+self.file.read()).split(b'\n')
-        if end and self.rest: lines.append(self.rest)
+    def _echo(self, job:Job, line:bytes):
         # Progress bars rewrite their line: its last state says it all.
-        for line in lines: self.say(line.decode(errors='replace').rstrip().rpartition('\r')[2])
+        self.say(f"[{job.name}] {line.decode(errors='replace').rstrip().rpartition(chr(13))[2]}")

@@ -4,7 +4,6 @@ from typing import Annotated
 from zenml import step
 
 from zenml_pipelines.context import step_run
-from zenml_pipelines.run_notebook import run_notebook
 
 
 @step(experiment_tracker=True, enable_cache=False)
@@ -17,8 +16,7 @@ def check_api(
     "Check a running server; raises `APICheckError` if anything is wrong, after the report is written."
     from rakuten_mm.monitoring.access_check import APICheckError
     run = step_run()
-    result = run_notebook('api_check', run.out_dir, run.run_id, url=url, max_p95_ms=max_p95_ms, wait_s=wait_s,
-                          open_pages=open_pages)
+    result = run.notebook('api_check', url=url, max_p95_ms=max_p95_ms, wait_s=wait_s, open_pages=open_pages)
     if wrong := result['failures']:
         said = f"{url} failed {len(wrong)} of {result['checks']} checks (report: {run.out_dir}):"
         raise APICheckError('\n- '.join([said, *wrong]))

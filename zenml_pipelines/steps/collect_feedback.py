@@ -20,9 +20,9 @@ def collect_feedback(
 
     from rakuten_mm.data.dataset import Dataset
     from rakuten_mm.data.feedback import reviewed, write_delivery
-    from serving.corrections import read_corrections
+    from serving.store import Store
     run = step_run(artifacts_dir)
-    corrections = read_corrections()
+    with Store.from_environment() as store: corrections = store.verdicts()
     data = Dataset.open(data_dir) if Path(data_dir, 'CURRENT').exists() else None
     home,table = run.out_dir.parents[2]/'feedback', run.out_dir/'judged.parquet'
     run.out_dir.mkdir(parents=True, exist_ok=True)
@@ -31,5 +31,5 @@ def collect_feedback(
     logger.info('%s corrections of listings that the dataset holds, %s new listings; %s of them were misfiled',
                 counts.corrected, counts.added, counts.misfiled)
     logger.info('not learnt from: %s listings without an image, %s that nobody kept',
-                counts.without_picture, counts.not_kept)
+                counts.without_image, counts.not_kept)
     return asdict(counts) | dict(raw_dir=str(home/'raw') if counts.used else '', table=str(table))

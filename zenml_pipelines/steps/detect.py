@@ -7,7 +7,6 @@ from zenml import step
 from zenml.logger import get_logger
 
 from zenml_pipelines.context import step_run
-from zenml_pipelines.run_notebook import run_notebook
 
 logger = get_logger(__name__)
 
@@ -27,14 +26,15 @@ def detect(
     from rakuten_mm.core.config import from_dict
     from rakuten_mm.monitoring.drift import Thresholds
     from rakuten_mm.registry.versions import alias_version
-    from serving.lately import count_lately
+    from serving.store import Store
     run = step_run(artifacts_dir)
     from_dict(Thresholds, levels)  # a wrong name fails before any work
     champion = alias_version('champion')
-    served = count_lately(days, f'rakuten-mm/{champion}') if champion else 0
+    with Store.from_environment() as store:
+        served = store.count_recent(days, f'rakuten-mm/{champion}') if champion else 0
     if champion and served >= min_predictions:
-        report = run_notebook('drift', run.out_dir, run.run_id, data_dir=data_dir, days=days,
-                              min_predictions=min_predictions, max_reference=max_reference, levels=levels)
+        report = run.notebook('drift', data_dir=data_dir, days=days, min_predictions=min_predictions,
+                              max_reference=max_reference, levels=levels)
     else:
         few = f'{served} answers by version {champion} in {days:g} days, {min_predictions} are needed'
         why = few if champion else 'there is no champion'

@@ -4,7 +4,6 @@ from typing import Annotated
 from zenml import step
 
 from zenml_pipelines.context import step_run
-from zenml_pipelines.run_notebook import run_notebook
 
 
 @step(experiment_tracker=True, enable_cache=False)
@@ -14,5 +13,4 @@ def evaluate(
     train_dir:str, # What the training step wrote
 )->Annotated[dict, 'test_scores']:
     "Scores of the challenger and of its references on the test split."
-    run = step_run(artifacts_dir)
-    return run_notebook('evaluate', run.out_dir, run.run_id, data_dir=data_dir, train_dir=train_dir)['table']
+    return step_run(artifacts_dir).notebook('evaluate', data_dir=data_dir, train_dir=train_dir)['table']

@@ -7,7 +7,6 @@ from zenml.logger import get_logger
 
 from rakuten_mm.data.dataset import Dataset
 from zenml_pipelines.context import step_run
-from zenml_pipelines.run_notebook import run_notebook
 
 logger = get_logger(__name__)
 
@@ -25,6 +24,5 @@ def ingest(
     if if_there and not (raw_dir and Path(raw_dir).is_dir() and any(Path(raw_dir).glob('*.csv'))):
         logger.info('no delivery in %r', raw_dir)
         return Dataset.open(data_dir).manifest['version'] if Path(data_dir, 'CURRENT').exists() else ''
-    result = run_notebook('ingest', run.out_dir, run.run_id, raw_dir=raw_dir, data_dir=data_dir, snapshot=snapshot,
-                          max_quarantine=max_quarantine)
-    return result['version']
+    delivery = dict(raw_dir=raw_dir, snapshot=snapshot, max_quarantine=max_quarantine)
+    return run.notebook('ingest', data_dir=data_dir, **delivery)['version']

@@ -5,7 +5,6 @@ from zenml import step
 from zenml.logger import get_logger
 
 from zenml_pipelines.context import step_run
-from zenml_pipelines.run_notebook import run_notebook
 
 logger = get_logger(__name__)
 
@@ -22,8 +21,8 @@ def promote(
 )->Annotated[bool, 'promoted']:
     "Make the challenger champion if it passes the gate."
     run = step_run(artifacts_dir)
-    result = run_notebook('promote', run.out_dir, run.run_id, data_dir=data_dir, version=version, train_dir=train_dir,
-                          corrections=corrections, gate=gate or {})
+    result = run.notebook('promote', data_dir=data_dir, version=version, train_dir=train_dir, corrections=corrections,
+                          gate=gate or {})
     verdict = 'is now champion' if result['promoted'] else 'stays challenger'
     logger.info('version %s %s: %s; report in %s', version, verdict, result['reason'], run.out_dir)
     return result['promoted']

@@ -5,7 +5,6 @@ from zenml import step
 from zenml.logger import get_logger
 
 from zenml_pipelines.context import step_run
-from zenml_pipelines.run_notebook import run_notebook
 
 logger = get_logger(__name__)
 
@@ -24,6 +23,5 @@ def train(
     champion = alias_version('champion') if go_on else None
     init = resolve_training(champion) if champion else None
     logger.info('training goes on from %s', f'version {champion}' if init else 'nothing')
-    result = run_notebook('train', run.out_dir, run.run_id, data_dir=data_dir, preset=preset, seed=seed,
-                          init=str(init or ''))
+    result = run.notebook('train', data_dir=data_dir, preset=preset, seed=seed, init=str(init or ''))
     return str(run.out_dir), result['version']
