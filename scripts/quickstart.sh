@@ -53,4 +53,4 @@ print(f"the whole decision is in {path.with_name('report.md')}")
 PY
 
 say "server and one prediction"
-python scripts/serve_once.py --raw "$raw" --data "$data" ${port:+--port "$port"}
+python -m serving.testing --data "$data" ${port:+--port "$port"}

@@ -1,1 +1,1 @@
-"""The prediction API: LitServe in front of `rakuten_mm.models.predictor.Predictor`. Imports neither Lightning nor ZenML."""
+"The prediction API: LitServe in front of `rakuten_mm.models.predictor`. Imports neither Lightning nor ZenML."

@@ -1,7 +1,8 @@
-"""Who asks, and what they may do.
+"""Users, their credentials and their roles.
 
-HTTP Basic and OAuth 2 bearer tokens name a user of the database, or the one of the environment. Passwords of the database are hashed
-with Argon2, which is slow on purpose, so a pair that was right is remembered for five minutes, under a key that no other process knows.
+HTTP Basic and OAuth 2 bearer tokens name a user of the database, or the one of the environment. Passwords of the
+database are hashed with Argon2, which is slow on purpose, so a pair that was right is remembered for five minutes,
+under a key that no other process knows.
 """
 import asyncio
 import base64
@@ -12,6 +13,7 @@ import re
 import secrets
 import time
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import jwt
 from argon2 import PasswordHasher
@@ -20,9 +22,10 @@ from limits import RateLimitItem, parse
 from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
 
-from serving.config import ROLES, ServeConfig
+from rakuten_mm.api import ROLES, role_allows
+from serving.config import ServeConfig
 from serving.errors import Refused
-from serving.store import Store
+from serving.store import Store, User
 
 CHALLENGE = {'WWW-Authenticate': 'Basic realm="rakuten-mm", charset="UTF-8", Bearer'}
 NAME = re.compile(r'[A-Za-z0-9_.@-]{1,64}')
@@ -34,12 +37,12 @@ class MissingPassword(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Who:
-    "A user."
+class Principal:
+    "A user who has shown credentials."
     name:str
     role:str
 
-    def may(self, role:str)->bool: return ROLES.index(self.role) >= ROLES.index(role)
+    def may(self, role:str)->bool: return role_allows(self.role, role)
 
 
 def add_user(
@@ -55,7 +58,13 @@ def add_user(
     store.put_user(name, hasher.hash(password), role)
 
 
-class Access:
+def verify_password(stored:str, password:bytes)->bool:
+    "Compare a password with its hash."
+    try: return hasher.verify(stored, password)
+    except (Argon2Error, InvalidHashError): return False
+
+
+class Authenticator:
     "Tells users from strangers."
     def __init__(self,
         store:Store,
@@ -64,23 +73,26 @@ class Access:
         password:str = '',
     ):
         if bool(user) != bool(password): raise MissingPassword('set API_USERNAME and API_PASSWORD, both or neither')
-        if ':' in user: raise MissingPassword('API_USERNAME must not contain a colon: HTTP Basic could not tell it from the password')
+        if ':' in user: raise MissingPassword('API_USERNAME must not contain a colon: it ends the name in HTTP Basic')
         self.store,self.cfg,self.user,self.own = store,cfg,user,f'{user}:{password}'.encode()
         self.key,self.secret = secrets.token_bytes(32), cfg.secret or secrets.token_hex(32)
-        self.nobody = hasher.hash(secrets.token_hex(16))  # a stranger's password is checked against it, which takes as long
+        self.nobody = hasher.hash(secrets.token_hex(16))  # checking a stranger's password against it takes as long
         self.limiter = FixedWindowRateLimiter(MemoryStorage())
         self.rate,self.failed = parse(cfg.rate), parse(cfg.failed_logins)
-        self.right,self.asked,self.known,self.read = {}, {}, {}, -1e9
+        self.right:dict[bytes, tuple[float, str, Principal]] = {}  # until when, the hash it was checked with, and who
+        self.asked:dict[bytes, asyncio.Future[bool]] = {}
+        self.known:dict[str, User] = {}
+        self.read = -1e9
         if not user and not self.users():
-            raise MissingPassword('set API_USERNAME and API_PASSWORD in the environment or in .env, or add a user with `rakuten-mm users add`; '
-                                  'the API does not start without')
+            raise MissingPassword('set API_USERNAME and API_PASSWORD in the environment or in .env, or add a user with '
+                                  '`rakuten-mm users add`; the API does not start without')
 
     @classmethod
-    def from_environment(cls, store:Store, cfg:ServeConfig)->'Access':
+    def from_environment(cls, store:Store, cfg:ServeConfig)->'Authenticator':
         "The user of the environment, and those of the database; raises `MissingPassword` if there are none."
         return cls(store, cfg, os.environ.get('API_USERNAME', ''), os.environ.get('API_PASSWORD', ''))
 
-    def users(self)->dict:
+    def users(self)->dict[str, User]:
         "Users of the database, read again every few seconds; the last known while it cannot be read."
         if time.monotonic()-self.read > 5:
             try: self.known = self.store.users()
@@ -95,64 +107,61 @@ class Access:
         wait = max(1, int(self.limiter.get_window_stats(item, *who).reset_time-time.time()+.999))
         raise Refused(429, message, headers={'Retry-After': str(wait)})
 
-    async def identify(self, header:str, client:str)->Who:
+    async def identify(self, header:str, client:str)->Principal:
         "The user that an `Authorization` header names; raises 401, or 429 after too many tries."
         if not header: raise Refused(401, 'no credentials', headers=CHALLENGE)
         scheme,_,given = header.partition(' ')
-        who = await self.basic(given.strip(), client) if scheme.lower() == 'basic' else self.bearer(given.strip()) if scheme.lower() == 'bearer' else None
-        if who is None: self.wrong(client)
+        match scheme.lower():
+            case 'basic': who = await self.basic(given.strip(), client)
+            case 'bearer': who = self.bearer(given.strip())
+            case _: who = None
+        if who is None: self.refuse(client)
         self.limit(self.rate, 'rate', who.name, message=f'more than {self.cfg.rate} requests')
         return who
 
-    def wrong(self, client:str):
-        "Count a failure; always raises."
+    def refuse(self, client:str)->NoReturn:
+        "Count a failure, and raise 401 or 429."
         self.limit(self.failed, 'failed', client, message='too many wrong credentials')
         raise Refused(401, 'wrong credentials', headers=CHALLENGE)
 
-    async def basic(self, given:str, client:str)->Who|None:
+    async def basic(self, given:str, client:str)->Principal|None:
         "The user of an HTTP Basic pair."
         try: pair = base64.b64decode(given, validate=True)
         except (binascii.Error, ValueError): return None
         return await self.check(pair, client)
 
-    async def check(self, pair:bytes, client:str)->Who|None:
+    async def check(self, pair:bytes, client:str)->Principal|None:
         "The user of `name:password`."
         name,_,password = pair.partition(b':')
         seen,known = hmac.digest(self.key, pair, 'sha256'), self.users().get(name.decode('utf-8', 'replace'))
         stored = known.password_hash if known else self.nobody
-        until,was,who = self.right.get(seen, (0, '', None))
-        if until > time.monotonic() and was == stored: return who
+        if (found := self.right.get(seen)) and found[0] > time.monotonic() and found[1] == stored: return found[2]
         self.limit(self.failed, 'failed', client, message='too many wrong credentials', test=True)
-        if self.user and hmac.compare_digest(pair, self.own): who = Who(self.user, 'admin')
-        elif await self.verified(seen, stored, password) and known: who = Who(known.name, known.role)
+        if self.user and hmac.compare_digest(pair, self.own): who = Principal(self.user, 'admin')
+        elif await self.verified(seen, stored, password) and known: who = Principal(known.name, known.role)
         else: return None
         if len(self.right) > 1000: self.right.clear()
-        self.right[seen] = (time.monotonic()+300, stored, who)
+        self.right[seen] = time.monotonic()+300, stored, who
         return who
 
     async def verified(self, seen:bytes, stored:str, password:bytes)->bool:
-        "Whether the password is right; requests that ask the same at one time wait for one answer."
+        "Verify a password; requests that ask the same at one time wait for one answer."
         if len(password) > 1024: return False
         if seen not in self.asked:
-            self.asked[seen] = asyncio.ensure_future(asyncio.to_thread(self.verify, stored, password))
+            self.asked[seen] = asyncio.ensure_future(asyncio.to_thread(verify_password, stored, password))
             self.asked[seen].add_done_callback(lambda _: self.asked.pop(seen, None))
         return await asyncio.shield(self.asked[seen])
 
-    @staticmethod
-    def verify(stored:str, password:bytes)->bool:
-        try: return hasher.verify(stored, password)
-        except (Argon2Error, InvalidHashError): return False
-
-    def bearer(self, token:str)->Who|None:
+    def bearer(self, token:str)->Principal|None:
         "The user of a token, if there still is one."
         try: claims = jwt.decode(token, self.secret, algorithms=['HS256'], options={'require': ['exp', 'sub']})
         except jwt.InvalidTokenError: return None
         name = claims['sub']
-        if self.user and name == self.user: return Who(name, 'admin')
+        if self.user and name == self.user: return Principal(name, 'admin')
         user = self.users().get(name)
-        return Who(user.name, user.role) if user else None
+        return Principal(user.name, user.role) if user else None
 
-    def token(self, who:Who)->dict:
+    def token(self, who:Principal)->dict[str, Any]:
         "A bearer token, as OAuth 2 wants it."
         now = int(time.time())
         signed = jwt.encode(dict(sub=who.name, iat=now, exp=now+self.cfg.token_s), self.secret, algorithm='HS256')

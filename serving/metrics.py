@@ -1,10 +1,11 @@
-"What `/metrics` tells Prometheus. The worker reports to the front, so one process counts for all."
+"Figures for Prometheus. The worker reports to the front, so one process counts for all."
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
 TIMES = (.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
 REQUESTS = Counter('rakuten_requests_total', 'Requests by path and status', ['path', 'status'])
-LATENCY = Histogram('rakuten_request_seconds', 'Time from the first byte of a request to the last of its answer', ['path'], buckets=TIMES)
+LATENCY = Histogram('rakuten_request_seconds', 'Time from the first byte of a request to the last of its answer',
+                    ['path'], buckets=TIMES)
 QUEUE = Histogram('rakuten_queue_seconds', 'Time that a listing waited for the model', buckets=TIMES)
 BATCH = Histogram('rakuten_batch_listings', 'Listings that the model saw at once', buckets=(1, 2, 4, 8, 16, 32))
 MODEL = Histogram('rakuten_batch_seconds', 'Time that the model took for a batch, decoding included', buckets=TIMES)
@@ -14,14 +15,15 @@ RESTARTS = Counter('rakuten_worker_restarts_total', 'Workers that died or hung')
 REFUSED_MODELS = Counter('rakuten_refused_models_total', 'New models that could not be served')
 DEGRADED = Gauge('rakuten_degraded', '1 while the registry cannot be asked, or a newer model cannot be served')
 DROPPED = Gauge('rakuten_unrecorded_answers', 'Answers that could not be written to the database since the start')
-SHADOW = Counter('rakuten_shadow_total', 'Answers of the shadow model that are the same as those given, or other', ['model_version', 'agreement'])
-SERVED = Gauge('rakuten_model_info', '1 for the version that answers', ['model_version'])
+SHADOW = Counter('rakuten_shadow_total', 'Answers of the shadow model that are the same as those given, or other',
+                 ['model_version', 'agreement'])
+MODEL_INFO = Gauge('rakuten_model_info', '1 for the version that answers', ['model_version'])
 CACHED = Counter('rakuten_cached_answers_total', 'Answers that were remembered')
-_worker = dict(pid=0)
-WORKER = ProcessCollector(namespace='rakuten_worker', pid=lambda: _worker['pid'])
+_worker:dict[str, int|None] = dict(pid=0)
+WORKER = ProcessCollector(namespace='rakuten_worker', pid=lambda: _worker['pid'] or 0)
 
 
-def watch_process(pid:int):
+def watch_process(pid:int|None):
     "Report CPU and memory of this worker from now on."
     _worker['pid'] = pid
 

@@ -1,84 +1,92 @@
-"What the worker answers with. Only the worker imports this, and with it PyTorch."
+"The model that the worker answers with. Only the worker imports this, and with it PyTorch."
 import base64
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
-from rakuten_mm.core.config import n_threads
-from rakuten_mm.core.files import read_golden
+from rakuten_mm.core.process import n_threads
 from rakuten_mm.data.image import InvalidImage
 from rakuten_mm.models.explanation import explain
+from rakuten_mm.models.manifest import read_golden
 from rakuten_mm.models.predictor import Prediction, Predictor, Prepared
-from rakuten_mm.monitoring.observations import listing_facts, observe
-from serving.worker import Problem
+from rakuten_mm.monitoring.observations import listing_features, probs_and_projections
+from serving.messages import Problem
 
 
 @dataclass
-class Answer(Prediction):
+class RecordedPrediction(Prediction):
     "A prediction, and what is recorded of the listing."
-    facts:dict = field(default_factory=dict) # `traffic.listing_facts`
-    sketch:dict = field(default_factory=dict) # Numbers by part, from `traffic.observe`
+    facts:dict = field(default_factory=dict) # From `listing_features`
+    sketch:dict = field(default_factory=dict) # Numbers by part, from `probs_and_projections`
 
 
 @dataclass
-class Listing(Prepared):
+class PreparedListing(Prepared):
     "A listing that can be answered."
-    facts:dict = field(default_factory=dict) # `traffic.listing_facts`
+    facts:dict = field(default_factory=dict) # From `listing_features`
 
 
-class Model:
+class ServedModel:
     "A predictor that gives its bundle's golden answers, and for which one bad listing is one problem."
     def __init__(self,
-        bundle:str|Path, # Sealed
-        version:str, # What answers call it
+        bundle:str|Path, # Folder of a verified bundle
+        version:str, # Its name in answers
         threads:int = 0, # 0 takes every core
     ):
         torch.set_num_threads(n_threads(threads))
-        self.predictor,self.version = Predictor.load(bundle), version
+        self.predictor = cast(Any, Predictor.load(bundle))  # type checkers do not see methods that are patched in
+        self.version = version
         if 'text' in self.predictor.modalities: self.predictor.predict([Prepared('warm up')])
         for g in read_golden(bundle):
-            got = self.answer([self.prepare(g)])[0]
-            if isinstance(got, Problem) or got.prdtypecode != g['prdtypecode'] or abs(got.probability-g['probability']) > .02:
-                raise ValueError(f"it answers a golden product differently here ({g['designation'][:40]!r}: {getattr(got, 'prdtypecode', got)})")
+            got,want = self.answer([self.prepare(g)])[0], g['prdtypecode']
+            if isinstance(got, Problem) or got.prdtypecode != want or abs(got.probability-g['probability']) > .02:
+                said = getattr(got, 'prdtypecode', got)
+                raise ValueError(f"it answers a golden product differently here ({g['designation'][:40]!r}: {said})")
 
-    def prepare(self, p:dict)->Listing|Problem:
-        "A listing cleaned and decoded, or what is wrong with it."
+    def prepare(self, p:dict)->PreparedListing|Problem:
+        "A listing cleaned and decoded, or the problem with it."
         image = base64.b64decode(p['image']) if isinstance(p['image'], str) else p['image']
         try: q = self.predictor.prepare(p['designation'], p['description'] or '', image)
         except InvalidImage as e: return Problem(422, 'invalid_image', str(e), 'image')
         except ValueError as e: return Problem(422, 'nothing_to_classify', str(e), 'designation')
-        return Listing(**vars(q), facts=listing_facts(q))
+        return PreparedListing(**vars(q), facts=listing_features(q))
 
-    def rank(self, items:list[Listing])->list[Answer]:
+    def rank(self, items:list[PreparedListing])->list[RecordedPrediction]:
         "Predictions, and what to record."
         if not items: return []
-        probs,sketches = observe(self.predictor, items)
+        probs,projections = probs_and_projections(self.predictor, [*items])
         ranked = self.predictor.rank(items, probs, len(self.predictor.codes))
-        return [Answer(**vars(p), facts=x.facts, sketch=s) for x,p,s in zip(items, ranked, sketches, strict=True)]
+        return [RecordedPrediction(**vars(p), facts=x.facts, sketch=s)
+                for x,p,s in zip(items, ranked, projections, strict=True)]
 
-    def answer(self, items:list[Listing|Problem])->list[Answer|Problem]:
-        "Predictions of those that can be predicted."
-        some,out = [i for i,x in enumerate(items) if isinstance(x, Listing)], list(items)
-        try: found = self.rank([items[i] for i in some])
+    def answer(self, items:list[PreparedListing|Problem])->list[RecordedPrediction|Problem]:
+        "Predictions of those that can be predicted, in the order of `items`."
+        good = [x for x in items if isinstance(x, PreparedListing)]
+        try: found:list = list(self.rank(good))
         except Exception as e:
-            if len(some) > 1: return [self.answer([x])[0] for x in items]  # one of them cannot be answered; the others can
-            found = [Problem(500, 'internal_error', f'{type(e).__name__} in the model')]*len(some)
-        for i,p in zip(some, found, strict=True):
-            fine = isinstance(p, Problem) or math.isfinite(p.probability)
-            out[i] = p if fine else Problem(500, 'internal_error', 'the model gave no number')
-        return out
+            if len(good) > 1: return [self.answer([x])[0] for x in items]  # one cannot be answered; the others can
+            found = [Problem(500, 'internal_error', f'{type(e).__name__} in the model')]*len(good)
+        number = lambda p: isinstance(p, Problem) or math.isfinite(p.probability)
+        answers = (p if number(p) else Problem(500, 'internal_error', 'the model gave no number') for p in found)
+        return [x if isinstance(x, Problem) else next(answers) for x in items]
 
     def explain(self, request:dict)->dict|Problem:
-        "What an answer rests on."
+        "Explain an answer, or say what is wrong with the request."
         prepared = self.prepare(request)
         if isinstance(prepared, Problem): return prepared
-        try: return explain(self.predictor, prepared, request['prdtypecode']).to_dict()
+        try: explanation = cast(Any, explain(self.predictor, prepared, request['prdtypecode']))
         except ValueError as e: return Problem(422, 'invalid_request', str(e), 'prdtypecode')
+        return explanation.to_dict()
 
-    def agreement(self, items:list[Listing|Problem], given:list[dict|Problem])->tuple[int, int]: # How many it answered, and how many alike
+    def agreement(self,
+        items:list[PreparedListing|Problem],
+        given:list[dict|Problem], # Answers to them
+    )->tuple[int, int]: # How many it answered, and how many alike
         "Answer as a shadow."
-        pairs = [(x, y) for x,y in zip(items, given, strict=True) if not isinstance(x, Problem) and not isinstance(y, Problem)]
+        pairs = [(x, y) for x,y in zip(items, given, strict=True) if not isinstance(x, Problem) and isinstance(y, dict)]
         mine = self.answer([x for x,_ in pairs])
-        return len(pairs), sum(getattr(m, 'prdtypecode', None) == y['prdtypecode'] for m,(_,y) in zip(mine, pairs, strict=True))
+        return len(pairs), sum(getattr(m, 'prdtypecode', None) == y['prdtypecode']
+                               for m,(_,y) in zip(mine, pairs, strict=True))

@@ -1,16 +1,16 @@
-"What goes over the wire."
+"Requests and responses of the API, as they go over the wire."
 import base64
 import binascii
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
+from rakuten_mm.api import MAX_BATCH
 from rakuten_mm.data.image import MAX_BYTES
 
-MAX_TEXT = 20_000 # characters of a title or a description; models read far less
-MAX_BODY = MAX_BYTES*4//3 + 500_000 # bytes of a request: one picture in base64, two texts
-MAX_BATCH = 32 # listings of a batch
+MAX_TEXT = 20_000 # Characters of a title or a description; models read far less
+MAX_BODY = MAX_BYTES*4//3 + 500_000 # Bytes of a request: one image in base64, two texts
 
 
 def decode_base64(
@@ -19,25 +19,35 @@ def decode_base64(
     "Bytes of a base64 string; raises `ValueError`, which becomes a 422."
     if v is None or isinstance(v, bytes): return v  # bytes come from a form
     if not isinstance(v, str): raise ValueError('must be a base64 string')
-    if len(v) > MAX_BYTES*4//3+4: raise ValueError(f'the picture is larger than {MAX_BYTES:,} bytes')
+    if len(v) > MAX_BYTES*4//3+4: raise ValueError(f'the image is larger than {MAX_BYTES:,} bytes')
     try: return base64.b64decode(v, validate=True)
-    except (binascii.Error, ValueError): raise ValueError('is not base64; send the bytes of the file, encoded') from None
+    except (binascii.Error, ValueError):
+        raise ValueError('is not base64; send the bytes of the file, encoded') from None
 
 
-Base64Image = Annotated[bytes|None, BeforeValidator(decode_base64), WithJsonSchema(
-    {'anyOf': [{'type': 'string', 'contentEncoding': 'base64', 'contentMediaType': 'image/*'}, {'type': 'null'}]})]
+def strict(*examples:dict)->ConfigDict:
+    "Refuse unknown fields and numbers that are none, and document `examples`."
+    more:dict[str, Any] = {'examples': [*examples]} if examples else {}
+    return ConfigDict(extra='forbid', allow_inf_nan=False, json_schema_extra=more)
+
+
+BASE64 = {'type': 'string', 'contentEncoding': 'base64', 'contentMediaType': 'image/*'}
+ENCODED = WithJsonSchema({'anyOf': [BASE64, {'type': 'null'}]})
+Base64Image = Annotated[bytes|None, BeforeValidator(decode_base64), ENCODED]
+Code = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+ROBOT = {'designation': 'Robot de piscine électrique sans fil'}
 
 
 class Listing(BaseModel):
-    "A title, a description, a picture, or any of them."
-    model_config = ConfigDict(extra='forbid', allow_inf_nan=False)
+    "A title, a description, an image, or any of them."
+    model_config = strict()
     designation:str = Field('', max_length=MAX_TEXT, description='Title')
     description:str|None = Field(None, max_length=MAX_TEXT, description='Description, if there is one')
     image:Base64Image = Field(None, description='JPEG, PNG, WEBP, GIF or BMP file in base64')
 
     @model_validator(mode='after')
     def something_to_read(self):
-        "An empty listing cannot be classified."
+        "Refuse an empty listing: it cannot be classified."
         if not self.designation.strip() and not (self.description or '').strip() and not self.image:
             raise ValueError('give a designation, a description or an image')
         return self
@@ -45,8 +55,7 @@ class Listing(BaseModel):
 
 class PredictRequest(Listing):
     "A listing to file under a category."
-    model_config = ConfigDict(json_schema_extra={'examples': [
-        {'designation': 'Robot de piscine électrique sans fil', 'description': 'Nettoie fond et parois.', 'top_k': 3}]})
+    model_config = strict(ROBOT | {'description': 'Nettoie fond et parois.', 'top_k': 3})
     top_k:int = Field(3, ge=1, le=100, strict=True, description='Number of categories to return')
 
 
@@ -62,19 +71,20 @@ class PredictResponse(Category):
     prediction_id:str = Field(description='Names this answer, for feedback')
     top_k:list[Category] = Field(description='Best first')
     modalities:list[Literal['text', 'image']] = Field(description='Parts of the listing that were used')
-    lane:Literal['auto', 'review', 'reject'] = Field(description='File it, have a person look, or ask the seller for a better title or photo')
+    lane:Literal['auto', 'review', 'reject'] = Field(
+        description='File it, have a person look, or ask the seller for a better title or photo')
     candidates:list[int]|None = Field(None, description='In the review lane: codes to choose from, best first')
     model_version:str = Field(description='Registered version that answered')
 
 
 class FieldError(BaseModel):
-    "What is wrong with one field."
+    "An error in one field."
     field:str
     message:str
 
 
 class Error(BaseModel):
-    "What went wrong, for a program and for a person."
+    "An error, for a program and for a person."
     code:str
     message:str
     fields:list[FieldError] = []
@@ -85,17 +95,20 @@ class ErrorBody(BaseModel):
     error:Error
 
 
+PRODUCT = {'anyOf': [{'$ref': '#/components/schemas/PredictRequest'}, {}]}
+PRODUCTS = {'type': 'array', 'minItems': 1, 'maxItems': MAX_BATCH, 'items': PRODUCT}
+
+
 class BatchRequest(BaseModel):
     "Several listings. One that is wrong does not spoil the others."
-    model_config = ConfigDict(extra='forbid', allow_inf_nan=False, json_schema_extra={'examples': [
-        {'products': [{'designation': 'Robot de piscine'}, {'designation': 'Lot de 3 romans policiers'}]}]})
-    products:Annotated[list, WithJsonSchema({'type': 'array', 'minItems': 1, 'maxItems': MAX_BATCH,
-                                             'items': {'anyOf': [{'$ref': '#/components/schemas/PredictRequest'}, {}]}})] = Field(min_length=1)
+    model_config = strict(
+        {'products': [{'designation': 'Robot de piscine'}, {'designation': 'Lot de 3 romans policiers'}]})
+    products:Annotated[list, WithJsonSchema(PRODUCTS)] = Field(min_length=1)
 
 
 class BatchItem(BaseModel):
     "The answer to one listing of a batch, or why there is none."
-    status:int = Field(description='What `/predict` would have answered: 200, 422, 500, 503 or 504')
+    status:int = Field(description='Status that `/predict` would have had: 200, 422, 500, 503 or 504')
     prediction:PredictResponse|None = None
     error:Error|None = None
 
@@ -107,12 +120,12 @@ class BatchResponse(BaseModel):
 
 class ExplainRequest(Listing):
     "A listing, and the category to explain."
-    model_config = ConfigDict(json_schema_extra={'examples': [{'designation': 'Robot de piscine électrique sans fil', 'prdtypecode': 2583}]})
-    prdtypecode:int|None = Field(None, ge=0, lt=2**31, strict=True, description='Category to explain; the predicted one if left out')
+    model_config = strict(ROBOT | {'prdtypecode': 2583})
+    prdtypecode:Code|None = Field(None, description='Category to explain; the predicted one if left out')
 
 
 class Word(BaseModel):
-    "A word, or a stretch of a long text, and what the category owes to it."
+    "A word, or a stretch of a long text, and its share in the category's score."
     field:Literal['title', 'description']
     word:str
     start:int = Field(description='First character in the cleaned field')
@@ -121,36 +134,39 @@ class Word(BaseModel):
 
 
 class ExplainResponse(Category):
-    "What an answer rests on."
+    "The words and the parts of the image that an answer rests on."
     title:str = Field(description='Cleaned title, that words refer to')
     description:str = Field(description='Cleaned description')
     words:list[Word]
-    regions:list[list[float]]|None = Field(description='Log-odds that the category loses when a cell of the picture is painted over, top row first')
+    regions:list[list[float]]|None = Field(
+        description='Log-odds that the category loses when a cell of the image is painted over, top row first')
     modalities:dict[str, float] = Field(description='Share of each part that was read')
     model_version:str
 
 
 class FeedbackRequest(BaseModel):
     "The right category of a listing that was predicted."
-    model_config = ConfigDict(extra='forbid', json_schema_extra={'examples': [{'prediction_id': '2f1c6c1e-6f0b-4a3e-9a59-0c7f7c1f7f10', 'prdtypecode': 2583}]})
+    model_config = strict({'prediction_id': '2f1c6c1e-6f0b-4a3e-9a59-0c7f7c1f7f10', 'prdtypecode': 2583})
     prediction_id:str = Field(min_length=36, max_length=36, description='From the answer')
-    prdtypecode:int = Field(ge=0, lt=2**31, strict=True, description='The right category, which may be the predicted one')
-    reviewer:str|None = Field(None, min_length=1, max_length=64, description='Who says so; the user that asks if left out. Only an admin may name another.')
+    prdtypecode:Code = Field(description='The right category, which may be the predicted one')
+    reviewer:str|None = Field(
+        None, min_length=1, max_length=64,
+        description='Reviewer who says so; the user that asks if left out. Only an admin may name another.')
 
 
 class Correction(BaseModel):
-    "What a reviewer said about a prediction."
+    "A reviewer's opinion on a prediction."
     reviewer:str
     prdtypecode:int
     created_at:datetime
 
 
 class FeedbackResponse(Correction):
-    "The correction as it was stored, and what all corrections of this prediction come to."
+    "The correction as it was stored, and the outcome of all corrections of this prediction."
     feedback_id:int
     prediction_id:str
     verdict:int|None = Field(description='Category that most reviewers chose; null while they disagree')
-    conflict:bool = Field(description='Whether reviewers disagree')
+    conflict:bool = Field(description='True if reviewers disagree')
 
 
 class ReviewItem(BaseModel):
@@ -159,19 +175,19 @@ class ReviewItem(BaseModel):
     created_at:datetime
     designation:str
     description:str
-    has_image:bool = Field(description='Whether `/review/{prediction_id}/image` has its picture')
+    has_image:bool = Field(description='True if `/review/{prediction_id}/image` has its image')
     prdtypecode:int
     probability:float
     top_k:list[Category]
     candidates:list[int]|None
     model_version:str
-    corrections:list[Correction] = Field(description='What others said, when they disagree')
+    corrections:list[Correction] = Field(description='Corrections by others, when they disagree')
 
 
 class ReviewResponse(BaseModel):
     "The listings that are most useful to correct, most useful first."
     items:list[ReviewItem]
-    waiting:int = Field(description='All that wait, shown or not')
+    waiting:int = Field(description='Number of all that wait, shown or not')
 
 
 class CategoryName(BaseModel):
@@ -182,7 +198,7 @@ class CategoryName(BaseModel):
 
 
 class Version(BaseModel):
-    "What is being served."
+    "The model that answers."
     model_version:str
     data_version:str
     categories:int

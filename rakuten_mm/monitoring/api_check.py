@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import httpx, numpy as np, pandas as pd
 from prometheus_client.parser import text_string_to_metric_families
-from .access_check import APICheckError, AccessCheck, Prober, basic, check_credentials, check_pages, check_roles, expect
+from ..api import OPEN_PAGES, basic_auth
+from .access_check import APICheckError, AccessCheck, Prober, check_credentials, check_pages, check_roles, expect
 from ..models.manifest import read_golden
 from ..registry.versions import resolve_model
-from serving.config import ServeConfig
 
 # %% ../../nbs/lib/monitoring/04_api_check.ipynb #079656d1
 def check_state(
@@ -134,7 +134,7 @@ class APICheck:
 def check_server(
     client:httpx.Client, user:str, password:str,
     model:str, # What it should be serving
-    open_pages:str = 'docs', # As API_OPEN_PAGES of the server
+    open_pages:str = OPEN_PAGES, # As API_OPEN_PAGES of the server
     max_p95_ms:float = 1_000., # 0: whatever it takes
     wait_s:float = 30., # How long the server may take to follow the registry
     at_least:int = 100, # Timed requests
@@ -142,7 +142,7 @@ def check_server(
     "Put every question to a server."
     p = Prober(client)
     checks,token,role = check_credentials(p, user, password)
-    auth = f'Bearer {token}' if token else basic(user, password)
+    auth = f'Bearer {token}' if token else basic_auth(user, password)
     checks += check_pages(p, open_pages)+(check_roles(p, auth, role, open_pages) if role else [])
     state,bundle,version = check_state(p, auth, model, wait_s)
     golden,names,latency,figures = read_golden(bundle) if bundle else [], {}, {}, lambda: p.ask('GET', '/metrics', auth)
@@ -168,4 +168,4 @@ def check_api(
     with httpx.Client(base_url=url, timeout=30) as client:
         alive = Prober(client).ask('GET', '/health')
         if not alive.status: raise APICheckError(f'no answer from {url}: {alive.body}')
-        return check_server(client, user, password, model, open_pages or ServeConfig.from_environment().open_pages, **kw)
+        return check_server(client, user, password, model, open_pages or os.environ.get('API_OPEN_PAGES') or OPEN_PAGES, **kw)
