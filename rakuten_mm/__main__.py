@@ -9,4 +9,4 @@ __all__ = []
 from .cli.main import main
 
 # %% ../nbs/lib/02_main.ipynb #48e7e41d
-if __name__ == '__main__' and '__file__' in globals(): main()  # a notebook is a `__main__` too, without a file
+if __name__ == '__main__' and '__file__' in globals(): main()

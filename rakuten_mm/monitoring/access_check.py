@@ -28,15 +28,15 @@ class AccessCheck:
 # %% ../../nbs/lib/monitoring/03_access_check.ipynb #47b183cf
 @dataclass(frozen=True)
 class Reply:
-    "What came back, and how long it took."
+    "A reply, and how long it took."
     status:int # 0: nothing
     body:str = '' # Or why nothing came
     data:dict = field(default_factory=dict) # The body, where it is a JSON object
-    challenged:bool = False # Whether there is a `WWW-Authenticate` header
+    challenged:bool = False # There is a `WWW-Authenticate` header
     ms:float = math.nan
 
 def read_reply(r:httpx.Response, ms:float)->Reply:
-    "A reply from httpx's."
+    "Make a reply from httpx's."
     try: data = r.json()
     except ValueError: data = {}
     return Reply(r.status_code, r.text, data if isinstance(data, dict) else {}, 'www-authenticate' in r.headers, ms)
@@ -51,49 +51,54 @@ class Prober:
     ): self.client,self.patience_s,self.sleep = client,patience_s,sleep
 
     def ask(self, method:str, path:str, auth:str|bytes|None=None, **kw)->Reply:
-        "The reply to a request with an `Authorization` header, or without."
+        "Send a request with an `Authorization` header, or without; no reply is status 0."
         headers = {'X-Probe': '1'} | ({} if auth is None else {'Authorization': auth})
         for tries in range(100):
             start = time.perf_counter()
             try: r = self.client.request(method, path, headers=headers, **kw)
             except httpx.TransportError as e: return Reply(0, str(e) or type(e).__name__)
             ms,after = 1e3*(time.perf_counter()-start), r.headers.get('Retry-After', '')
-            again = r.status_code == 429 or r.status_code == 503 and tries < 3
-            if not (again and after.isdecimal() and int(after) <= self.patience_s): return read_reply(r, ms)
+            again = r.status_code == 429 or (r.status_code == 503 and tries < 3)
+            if not (again and after.isdecimal() and int(after) <= self.patience_s): break
             self.patience_s -= int(after); self.sleep(int(after))
+        return read_reply(r, ms)
 
 # %% ../../nbs/lib/monitoring/03_access_check.ipynb #079656a6
 def wrong_pairs(user:str, password:str)->dict[str, str|bytes|None]:
-    "`Authorization` headers that nobody should be let in with, by what is wrong with them."
+    "`Authorization` headers that must let nobody in, by what is wrong with them."
     right,colon = basic_auth(user, password), 'Basic '+b64encode(user.encode()).decode()
     return {'missing': None, 'empty': '', 'wrong password': basic_auth(user, password+'x'), 'no colon': colon,
             'wrong user': basic_auth(user+'x', password), 'no password': basic_auth(user, ''),
             'other scheme': 'Digest'+right[5:], 'password as a token': 'Bearer'+right[5:], 'not base64': 'Basic ???',
-            'not ASCII': basic_auth('é', 'ü'), 'a byte beyond ASCII': b'Basic \xe9', 'very long': basic_auth(user, 'x'*4000)}
+            'not ASCII': basic_auth('é', 'ü'), 'a byte beyond ASCII': b'Basic \xe9',
+            'very long': basic_auth(user, 'x'*4000)}
 
 def wrong_tokens(
     token:str # A right one
 )->dict[str, str]:
-    "The same with tokens."
+    "The same with tokens; raises `jwt.InvalidTokenError`."
     claims,(head,_,signature) = jwt.decode(token, options=dict(verify_signature=False)), token.split('.')
-    sign = lambda exp,key='a key that is long enough, but not the server\'s',alg='HS256': jwt.encode(claims | dict(exp=exp), key, algorithm=alg)
-    now = int(time.time())
-    longer = sign(now+10**6).split('.')[1]
-    return {'forged token': 'Bearer '+sign(now+60), 'expired token': 'Bearer '+sign(now-60), 'unsigned token': 'Bearer '+sign(now+60, None, 'none'),
-            'tampered token': f'Bearer {head}.{longer}.{signature}', 'no token': 'Bearer', 'token as a pair': f'Basic {token}'}
+    now,other = int(time.time()), "a key that is long enough, but not the server's"
+    sign = lambda s,key=other,alg='HS256': jwt.encode(claims | dict(exp=now+s), key, algorithm=alg)
+    longer = sign(10**6).split('.')[1]
+    return {'forged token': 'Bearer '+sign(60), 'expired token': 'Bearer '+sign(-60),
+            'unsigned token': 'Bearer '+sign(60, None, 'none'),
+            'tampered token': f'Bearer {head}.{longer}.{signature}',
+            'no token': 'Bearer', 'token as a pair': f'Basic {token}'}
 
 # %% ../../nbs/lib/monitoring/03_access_check.ipynb #079656a9
 PROBE_LISTING = dict(designation='Livre de poche')
 
 def expect(kind:str, name:str, r:Reply, status:int)->AccessCheck:
-    "A check that `r` has this status, and where that is 401, the header that goes with it."
-    if r.status != status: return AccessCheck(kind, name, f"{r.status or 'no answer'} instead of {status}"+('' if r.status else f' ({r.body})'))
-    return AccessCheck(kind, name, 'no WWW-Authenticate header' if status == 401 and not r.challenged else '')
+    "Check that `r` has this status, and where that is 401, the header that goes with it."
+    found = f'{r.status} instead of {status}' if r.status else f'no answer instead of {status} ({r.body})'
+    if r.status == status: found = 'no WWW-Authenticate header' if status == 401 and not r.challenged else ''
+    return AccessCheck(kind, name, found)
 
 def check_credentials(
     p:Prober, user:str, password:str
 )->tuple[list[AccessCheck], str, str]: # Checks, a token and the user's role; both empty if none is given
-    "Who is let in, and who is not."
+    "Check who is let in, and who is not."
     login = lambda password: p.ask('POST', '/token', data=dict(grant_type='password', username=user, password=password))
     predict = lambda auth: p.ask('POST', '/predict', auth, json=PROBE_LISTING)
     right,said = predict(basic_auth(user, password)), login(password)
@@ -101,8 +106,11 @@ def check_credentials(
     checks = [expect('credentials', n, r, 200) for n,r in {'right': right, 'right at /token': said}.items()]
     if token: checks.append(expect('credentials', 'token', predict(f'Bearer {token}'), 200))
     try: tokens = wrong_tokens(token) if token else {}
-    except jwt.InvalidTokenError: tokens = {}; checks.append(AccessCheck('credentials', 'right at /token', 'what it gives is no JSON web token'))
-    checks += [expect('credentials', n, predict(auth), 401) for n,auth in (wrong_pairs(user, password) | tokens).items()]
+    except jwt.InvalidTokenError:
+        tokens = {}
+        checks.append(AccessCheck('credentials', 'right at /token', 'what it gives is no JSON web token'))
+    wrong = wrong_pairs(user, password) | tokens
+    checks += [expect('credentials', n, predict(auth), 401) for n,auth in wrong.items()]
     checks.append(expect('credentials', 'wrong at /token', login(password+'x'), 401))
     again = predict(basic_auth(user, password))
     return [*checks, expect('credentials', 'right, after all those', again, right.status)], token, role
@@ -129,11 +137,12 @@ def check_roles(
     role:str, # What `/token` said
     open_pages:str,
 )->list[AccessCheck]:
-    "What the user may do, and what not."
+    "Check what the user may do, and what not."
     if role not in ROLES: return [AccessCheck('roles', 'role', f'{role!r} is none of {", ".join(ROLES)}')]
-    may = lambda needed: role_allows(role, needed)
-    free = 'metrics' in open_pages.split(',')
-    want = {'/version': 200, '/review?limit=1': 200 if may('review') else 403, '/metrics': 200 if may('admin') or free else 403}
+    reviews = role_allows(role, 'review')
+    figures = role_allows(role, 'admin') or 'metrics' in open_pages.split(',')
+    want = {'/version': 200, '/review?limit=1': 200 if reviews else 403, '/metrics': 200 if figures else 403}
     said = {path: p.ask('GET', path, auth) for path in want}
     checks = [expect('roles', f'GET {path} as {role}', said[path], status) for path,status in want.items()]
-    return [*checks, expect('roles', f'POST /feedback as {role}', p.ask('POST', '/feedback', auth, json={}), 422 if may('review') else 403)]
+    sent = p.ask('POST', '/feedback', auth, json={})
+    return [*checks, expect('roles', f'POST /feedback as {role}', sent, 422 if reviews else 403)]

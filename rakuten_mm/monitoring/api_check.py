@@ -14,7 +14,8 @@ from pathlib import Path
 import httpx, numpy as np, pandas as pd
 from prometheus_client.parser import text_string_to_metric_families
 from ..api import OPEN_PAGES, basic_auth
-from .access_check import APICheckError, AccessCheck, Prober, check_credentials, check_pages, check_roles, expect
+from .access_check import APICheckError, AccessCheck, Prober, expect
+from .access_check import check_credentials, check_pages, check_roles
 from ..models.manifest import read_golden
 from ..registry.versions import resolve_model
 
@@ -25,7 +26,7 @@ def check_state(
     model:str, # What should be served: `models:/rakuten-mm@champion`, or a bundle's folder
     wait_s:float, # How long it may take the server to follow
 )->tuple[list[AccessCheck], Path|None, str]: # Checks, bundle and version; no bundle if another version answers
-    "Whether the version is the registry's, and the server content."
+    "Check that the version is the registry's, and the server is content."
     end = time.monotonic()+wait_s
     while True:
         try: bundle,version = resolve_model(model)
@@ -35,8 +36,10 @@ def check_state(
         if told.status != 200 or (served == version and mood == 'ready') or time.monotonic() > end: break
         p.sleep(min(1, wait_s))
     checks = [expect('state', '/ready', ready, 200), expect('state', '/version', told, 200)]
-    if ready.status == 200: checks.append(AccessCheck('state', 'ready', '' if mood == 'ready' else f"{mood}: {told.data.get('problem')}"))
-    if told.status == 200: checks.append(AccessCheck('state', 'version', '' if served == version else f"{served} answers instead of {version} of {model}"))
+    degraded = '' if mood == 'ready' else f"{mood}: {told.data.get('problem')}"
+    other = '' if served == version else f'{served} answers instead of {version} of {model}'
+    if ready.status == 200: checks.append(AccessCheck('state', 'ready', degraded))
+    if told.status == 200: checks.append(AccessCheck('state', 'version', other))
     return checks, bundle if served == version else None, version
 
 # %% ../../nbs/lib/monitoring/04_api_check.ipynb #88103fbf
@@ -46,25 +49,28 @@ def ask_golden(
     version:str, # That should answer
     tolerance:float = .02, # Largest difference of a probability
 )->pd.DataFrame: # target, title, expected, answered, p_expected, p_answered, found (empty: all is well)
-    "The answers to golden products beside those that are known."
+    "Ask for golden products, and compare the answers with those that are known."
     rows = []
     for g in golden:
         r = p.ask('POST', '/predict', auth, json={k: g[k] for k in ('designation', 'description', 'image')})
         code,prob,by = (r.data.get(k) for k in ('prdtypecode', 'probability', 'model_version'))
         want,known = g['prdtypecode'], g['probability']
-        found = (f'status {r.status}' if r.status != 200 else f'{by} answers instead of {version}' if by != version else f'{code} instead of {want}' if code != want
-                 else f'probability {prob:.3f} instead of {known:.3f}' if abs(prob-known) > tolerance else '')
-        rows.append(dict(target=g.get('target', want), title=g['designation'], expected=want, answered=code, p_expected=known, p_answered=prob, found=found))
+        faults = {f'status {r.status}': r.status != 200, f'{by} answers instead of {version}': by != version,
+                  f'{code} instead of {want}': code != want}
+        found = next((fault for fault,is_so in faults.items() if is_so), '')
+        if not found and abs(prob-known) > tolerance: found = f'probability {prob:.3f} instead of {known:.3f}'
+        rows.append((g.get('target', want), g['designation'], want, code, known, prob, found))
     return pd.DataFrame(rows, columns=['target', 'title', 'expected', 'answered', 'p_expected', 'p_answered', 'found'])
 
 # %% ../../nbs/lib/monitoring/04_api_check.ipynb #6e020247
 def by_class(
     table:pd.DataFrame, # From `ask_golden`
     names:dict[int, str], # Of all classes, by code
-)->pd.DataFrame: # Index: code; name, golden (how many were asked), right (answered with their class), wrong (answered otherwise than expected)
-    "What golden products say of each class; 0 `golden` where there is none."
+)->pd.DataFrame: # By code: name, n of golden products, right (by their class), wrong (otherwise than expected)
+    "Count golden products of each class; 0 `golden` where there is none."
     g = table.assign(right=table.answered == table.target, wrong=table.found != '').groupby('target')
-    out = pd.DataFrame(dict(name=names)).join(g.agg(golden=('title', 'size'), right=('right', 'sum'), wrong=('wrong', 'sum')), how='outer')
+    counts = g.agg(golden=('title', 'size'), right=('right', 'sum'), wrong=('wrong', 'sum'))
+    out = pd.DataFrame(dict(name=names)).join(counts, how='outer')
     return out.fillna(dict(name='', golden=0, right=0, wrong=0)).astype(dict(golden=int, right=int, wrong=int))
 
 # %% ../../nbs/lib/monitoring/04_api_check.ipynb #6e020251
@@ -73,7 +79,7 @@ def check_latency(
     max_p95_ms:float, # 0: whatever it takes
     at_least:int = 100, # Requests
 )->tuple[list[AccessCheck], dict]: # Checks; n, p50_ms, p95_ms, max_ms
-    "How long answers take when one client asks."
+    "Check how long answers take when one client asks."
     ask = lambda g: p.ask('POST', '/predict', auth, json={k: g[k] for k in ('designation', 'description', 'image')})
     said = [ask(g) for _ in range(math.ceil(at_least/len(golden))) for g in golden]
     ms,lost = [r.ms for r in said if r.status == 200], Counter(str(r.status) for r in said if r.status != 200)
@@ -81,13 +87,17 @@ def check_latency(
     if not ms: return checks, dict(n=0)
     took = dict(n=len(ms), p50_ms=float(np.median(ms)), p95_ms=float(np.quantile(ms, .95)), max_ms=max(ms))
     slow = max_p95_ms and took['p95_ms'] > max_p95_ms
-    return [*checks, AccessCheck('latency', 'p95', f"{took['p95_ms']:.0f} ms, at most {max_p95_ms:g} are allowed" if slow else '')], took
+    found = f"{took['p95_ms']:.0f} ms, at most {max_p95_ms:g} are allowed" if slow else ''
+    return [*checks, AccessCheck('latency', 'p95', found)], took
 
 # %% ../../nbs/lib/monitoring/04_api_check.ipynb #6e020261
-WANTED = ('rakuten_requests_total', 'rakuten_request_seconds_count', 'rakuten_in_flight_listings', 'rakuten_model_info', 'rakuten_degraded', 'process_start_time_seconds')
+WANTED = ('rakuten_requests_total', 'rakuten_request_seconds_count', 'rakuten_in_flight_listings',
+          'rakuten_model_info', 'rakuten_degraded', 'process_start_time_seconds')
 
-def read_figures(page:str)->tuple[dict[str, float], set[str], list[str]]: # Sums by name, versions that answer, names of values that cannot be true
-    "What a page of Prometheus' text format says; raises `ValueError`."
+def read_figures(
+    page:str # In Prometheus' text format
+)->tuple[dict[str, float], set[str], list[str]]: # Sums by name, versions that answer, names of impossible values
+    "Read figures; raises `ValueError` if there is no such page."
     sums,versions,odd = Counter(), set(), set()
     for s in (s for family in text_string_to_metric_families(page) for s in family.samples):
         sums[s.name] += s.value
@@ -96,20 +106,22 @@ def read_figures(page:str)->tuple[dict[str, float], set[str], list[str]]: # Sums
     return dict(sums), versions, sorted(odd)
 
 def check_figures(before:str, after:str, asked:int, version:str)->list[AccessCheck]:
-    "Two pages of figures, and what lies between them: `asked` requests."
+    "Check two pages of figures with `asked` requests between them."
     try: (old,*_),(new,versions,odd) = read_figures(before), read_figures(after)
     except ValueError as e: return [AccessCheck('figures', 'page', f'cannot be read: {e}')]
     missing = [n for n in WANTED if n not in new]
     found = f"{', '.join(missing)} missing" if missing else f"{', '.join(odd)} cannot be true" if odd else ''
-    checks = [AccessCheck('figures', 'page', found), AccessCheck('figures', 'version', '' if versions == {version} else f"{', '.join(sorted(versions)) or 'none'} instead of {version}")]
+    other = '' if versions == {version} else f"{', '.join(sorted(versions)) or 'none'} instead of {version}"
+    checks = [AccessCheck('figures', 'page', found), AccessCheck('figures', 'version', other)]
     same = not missing and old.get('process_start_time_seconds') == new['process_start_time_seconds']
     grew = new.get('rakuten_requests_total', 0)-old.get('rakuten_requests_total', 0)
-    return [*checks, AccessCheck('figures', 'counting', f'{asked} requests were counted as {grew:.0f}' if grew < asked else '')] if same else checks
+    few = f'{asked} requests were counted as {grew:.0f}' if grew < asked else ''
+    return [*checks, AccessCheck('figures', 'counting', few)] if same else checks
 
 # %% ../../nbs/lib/monitoring/04_api_check.ipynb #531ca040
 @dataclass
 class APICheck:
-    "All that was found."
+    "Everything that a check of a server found."
     url:str
     version:str # That should answer
     role:str # Of the user that asked
@@ -122,12 +134,13 @@ class APICheck:
     def failures(self)->list[str]: return [str(c) for c in self.checks if c.found]
 
     def table(self)->pd.DataFrame: # kind, name, found
-        "All checks."
+        "Show all checks."
         return pd.DataFrame([asdict(c) for c in self.checks])
 
     def metrics(self)->dict[str, float]:
-        "Figures to log."
-        return dict(checks=len(self.checks), failed=len(self.failures), golden=len(self.golden), golden_wrong=int((self.golden.found != '').sum()),
+        "Sum up in figures to log."
+        return dict(checks=len(self.checks), failed=len(self.failures), golden=len(self.golden),
+                    golden_wrong=int((self.golden.found != '').sum()),
                     classes_without_golden=int((self.classes.golden == 0).sum())) | self.latency
 
 # %% ../../nbs/lib/monitoring/04_api_check.ipynb #531ca042
@@ -145,14 +158,20 @@ def check_server(
     auth = f'Bearer {token}' if token else basic_auth(user, password)
     checks += check_pages(p, open_pages)+(check_roles(p, auth, role, open_pages) if role else [])
     state,bundle,version = check_state(p, auth, model, wait_s)
-    golden,names,latency,figures = read_golden(bundle) if bundle else [], {}, {}, lambda: p.ask('GET', '/metrics', auth)
-    if bundle: names = {int(c): n for c,n in json.loads((bundle/'config.json').read_text(encoding='utf-8'))['names'].items()}
+    golden,names,latency,figures = [], {}, {}, lambda: p.ask('GET', '/metrics', auth)
+    if bundle:
+        golden,config = read_golden(bundle), json.loads((bundle/'config.json').read_text(encoding='utf-8'))
+        names = {int(c): n for c,n in config['names'].items()}
     before = figures()
     table = ask_golden(p, auth, golden, version)
-    checks += state+[AccessCheck('golden', f'product {i} ({r.title[:30]!r})', r.found) for i,r in enumerate(table.itertuples())]
+    checks += state+[AccessCheck('golden', f'product {i} ({r.title[:30]!r})', r.found)
+               for i,r in enumerate(table.itertuples())]
     if golden: took,latency = check_latency(p, auth, golden, max_p95_ms, at_least); checks += took
-    else: checks.append(AccessCheck('golden', 'products', f'{version} carries none' if bundle else 'not asked: it is not known what to expect'))
-    if bundle and before.status == 200: checks += check_figures(before.body, figures().body, len(table)+latency.get('n', 0), version)
+    else:
+        why = f'{version} carries none' if bundle else 'not asked: it is not known what to expect'
+        checks.append(AccessCheck('golden', 'products', why))
+    asked = len(table)+latency.get('n', 0)
+    if bundle and before.status == 200: checks += check_figures(before.body, figures().body, asked, version)
     return APICheck(str(client.base_url), version, role, checks, table, by_class(table, names), latency)
 
 # %% ../../nbs/lib/monitoring/04_api_check.ipynb #531ca045
@@ -162,10 +181,11 @@ def check_api(
     open_pages:str = '', # As API_OPEN_PAGES of the server; empty: as in this process
     **kw, # As in `check_server`
 )->APICheck:
-    "Put every question to the server at `url`; raises `APICheckError` if it does not answer, or there are no credentials to ask with."
+    "Put every question to the server at `url`; raises `APICheckError` without credentials or an answer."
     user,password = os.environ.get('API_USERNAME', ''), os.environ.get('API_PASSWORD', '')
     if not user or not password: raise APICheckError('set API_USERNAME and API_PASSWORD in the environment or in .env')
     with httpx.Client(base_url=url, timeout=30) as client:
         alive = Prober(client).ask('GET', '/health')
         if not alive.status: raise APICheckError(f'no answer from {url}: {alive.body}')
-        return check_server(client, user, password, model, open_pages or os.environ.get('API_OPEN_PAGES') or OPEN_PAGES, **kw)
+        open_pages = open_pages or os.environ.get('API_OPEN_PAGES') or OPEN_PAGES
+        return check_server(client, user, password, model, open_pages, **kw)
