@@ -120,7 +120,7 @@ def running_server(
     "Run a server process until the end of the `with` block; raises `RuntimeError` if it does not become ready."
     port,home = free_port(port), home or Path(tempfile.mkdtemp(prefix='served-'))
     env = dict(API_USERNAME=USER, API_PASSWORD=PASSWORD, API_DATABASE_URL=f"sqlite:///{home/'feedback.db'}",
-               API_RATE='1000000/minute', API_FAILED_LOGINS='1000000/minute') | env
+               API_RATE='1000000/minute', API_FAILED_LOGINS='1000000/minute', API_RESTART_S='180') | env
     log,begin = home/'server.log', time.monotonic()
     with log.open('w') as f:
         args = [c.format(model=model, port=port) for c in command]

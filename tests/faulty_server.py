@@ -2,6 +2,7 @@
 import os
 import sys
 import time
+from pathlib import Path
 
 import serving.server
 from serving.worker import ProductAPI
@@ -12,7 +13,7 @@ class FaultyAPI(ProductAPI):
     def decode_request(self, request):
         title = request['designation']
         if title == 'die': os._exit(9)
-        if title == 'die once' and not os.path.exists(mark := os.environ['DIED_ONCE']): open(mark, 'w').close(); os._exit(9)
+        if title == 'die once' and not (mark := Path(os.environ['DIED_ONCE'])).exists(): mark.touch(); os._exit(9)
         if title == 'hang': time.sleep(3600)
         if title.startswith('dawdle'): time.sleep(float(title.split()[1]))
         if title == 'raise': raise KeyError('a mistake of ours')

@@ -19,7 +19,8 @@ from sqlalchemy import MetaData, Table, create_engine, select, text
 CHROMIUM,DRIVER = shutil.which('chromium'), shutil.which('chromedriver')
 LANES = {'auto': ('Filed automatically', 'Classement automatique'), 'review': ('Needs a person', 'À vérifier'),
          'reject': ('Back to the seller', 'À renvoyer au vendeur')}
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's packages chromium and chromium-driver")
+MISSING = "needs Debian's packages chromium and chromium-driver"
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
 
 
 @pytest.fixture(scope='module')
@@ -27,8 +28,9 @@ def chromium(page_server, tmp_path_factory):
     "A French headless browser that keeps a log of its console and of its requests."
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for a in ('--headless=new', '--no-sandbox', '--disable-dev-shm-usage', '--disable-gpu', '--no-first-run', '--disable-background-networking',
-              f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"): options.add_argument(a)
+    for a in ('--headless=new', '--no-sandbox', '--disable-dev-shm-usage', '--disable-gpu', '--no-first-run',
+              '--disable-background-networking', f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(a)
     options.add_experimental_option('prefs', {'intl.accept_languages': 'fr-FR', 'credentials_enable_service': False})
     options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
@@ -40,7 +42,9 @@ class Page:
     "What a person sees and does."
     def __init__(self, driver, server): self.driver,self.server = driver,server
 
-    def wait(self, found, s=60): return WebDriverWait(self.driver, s, .1, [StaleElementReferenceException]).until(lambda _: found())
+    def wait(self, found, s=60):
+        return WebDriverWait(self.driver, s, .1, [StaleElementReferenceException]).until(lambda _: found())
+
     def all(self, css): return self.driver.find_elements(By.CSS_SELECTOR, css)
     def js(self, code, *args): return self.driver.execute_script(f'return {code}', *args)
     def see(self, css): return self.wait(lambda: next((e for e in self.all(css) if e.is_displayed()), None))
@@ -52,7 +56,8 @@ class Page:
 
     def size(self, width, height):
         "The viewport of another device; a window cannot be this narrow."
-        self.driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 700))
+        shape = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 700)
+        self.driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', shape)
 
     def type(self, css, text):
         (box := self.see(css)).clear(); box.send_keys(text)
@@ -75,7 +80,8 @@ class Page:
             window.fetch = async (to, how) => {
                 if (to !== arguments[0] || !left.length) return real(to, how);
                 const status = left.shift(); if (!status) throw new TypeError('Failed to fetch');
-                return new Response(JSON.stringify({error: {code: code[status], message: 'stub', fields: []}}), {status, headers: {'Retry-After': '1'}});
+                const body = JSON.stringify({error: {code: code[status], message: 'stub', fields: []}});
+                return new Response(body, {status, headers: {'Retry-After': '1'}});
             };''', path, answers)
 
     def fits(self): return self.js('document.documentElement.scrollWidth <= document.documentElement.clientWidth')
@@ -109,7 +115,8 @@ def page(chromium, page_server, tmp_path, request):
 
 def photo(size=(320,200)):
     "A JPEG of a blue pool on green."
-    im = Image.new('RGB', size, (96,150,84)); ImageDraw.Draw(im).ellipse([size[0]//6, size[1]//5, size[0]*5//6, size[1]*4//5], fill=(40,130,200))
+    im,(w,h) = Image.new('RGB', size, (96,150,84)), size
+    ImageDraw.Draw(im).ellipse([w//6, h//5, w*5//6, h*4//5], fill=(40,130,200))
     im.save(buf := io.BytesIO(), 'JPEG')
     return buf.getvalue()
 
@@ -124,18 +131,26 @@ def to_review(api, n):
     "`n` listings that wait for review, in a seller's HTML; the model may send others back to the seller."
     ids = set()
     for i in range(60):
-        data = {'designation': f'Piscine ronde hors-sol n° {i}, liner bleu', 'description': '<p style="color:red">Filtre &agrave; sable<br>et échelle</p>'}
+        data = {'designation': f'Piscine ronde hors-sol n° {i}, liner bleu',
+                'description': '<p style="color:red">Filtre &agrave; sable<br>et échelle</p>'}
         answer = api.post('/predict/upload', data=data, files={'image': photo()}).json()
         if answer['lane'] == 'review': ids.add(answer['prediction_id'])
         if len(ids) == n: return ids
     raise AssertionError(f'{len(ids)} of {n} listings were put in the review lane')
 
 
+def predict(page, title):
+    "Ask for a listing that has no more than a title, and see its answer."
+    page.type('#designation', title); page.see('#predict-button').click(); page.text('#result-title')
+
+
 def test_wrong_password_then_right(page):
     page.sign_in('wrong'); assert page.text('#sign-in-error') == 'Identifiant ou mot de passe incorrect.'
-    assert page.focused() == 'password' and page.js("document.getElementById('password').value") == '' and not page.all('#nav:not([hidden])')
+    assert page.focused() == 'password' and page.js("document.getElementById('password').value") == ''
+    assert not page.all('#nav:not([hidden])')
     page.sign_in(); page.see('#predict-form')
-    assert page.see('#nav-predict').get_attribute('aria-current') == 'page' and page.see('#nav-review') and page.focused() == 'designation'
+    assert page.see('#nav-predict').get_attribute('aria-current') == 'page' and page.see('#nav-review')
+    assert page.focused() == 'designation'
     page.driver.refresh(); page.see('#predict-form')  # the session outlives a reload, the password is nowhere
     assert page.server.password not in page.js('JSON.stringify([{...localStorage}, {...sessionStorage}])')
     page.see('#sign-out').click(); page.see('#sign-in-form'); assert page.js('sessionStorage.length') == 0
@@ -144,43 +159,53 @@ def test_wrong_password_then_right(page):
 
 def test_predict_and_why(page, tmp_path):
     (tmp_path/'piscine.jpg').write_bytes(photo())
-    page.enter(); page.type('#designation', 'Piscine ronde 🏊 hors-sol 3 m'); page.type('#description', 'Liner bleu, filtre à sable et échelle.')
+    title,description = 'Piscine ronde 🏊 hors-sol 3 m', 'Liner bleu, filtre à sable et échelle.'
+    page.enter(); page.type('#designation', title); page.type('#description', description)
     page.driver.find_element(By.ID, 'photo').send_keys(str(tmp_path/'piscine.jpg'))
     page.wait(lambda: page.js("document.getElementById('preview-image').naturalWidth") == 320)
     page.see('#predict-button').click()
     assert page.text('#result-title') and page.focused() == 'result-title'
-    shares = [float(e.text.replace('\u202f', '').replace('\xa0', '').strip(' %').replace(',', '.')) for e in page.all('#ranked .percent')]
-    assert 2 <= len(shares) <= 5 and shares == sorted(shares, reverse=True) and page.all('#ranked li')[0].text.startswith(page.text('#result-title'))
-    lane = page.see('#lane').get_attribute('data-lane'); assert LANES[lane][1] in page.text('#lane') and bool(page.all('#candidates li')) == (lane == 'review')
+    percent = lambda e: float(re.sub('[\u202f\xa0 %]', '', e.text).replace(',', '.'))
+    shares = [percent(e) for e in page.all('#ranked .percent')]
+    assert 2 <= len(shares) <= 5 and shares == sorted(shares, reverse=True)
+    assert page.all('#ranked li')[0].text.startswith(page.text('#result-title'))
+    lane = page.see('#lane').get_attribute('data-lane')
+    assert LANES[lane][1] in page.text('#lane') and bool(page.all('#candidates li')) == (lane == 'review')
     assert 'texte + photo' in page.text('#about') and page.text('#version')
     page.all('#ranked input')[1].click(); page.see('#why').click()  # the runner-up
-    assert page.text('#why-title').startswith(f"Pourquoi «\xa0{page.all('#ranked .name')[1].text.rsplit(' ', 1)[0]}\xa0»")
-    assert page.text('#words .title') == 'Piscine ronde 🏊 hors-sol 3 m' and page.all('#words mark')
+    runner_up = page.all('#ranked .name')[1].text.rsplit(' ', 1)[0]
+    assert page.text('#why-title').startswith(f'Pourquoi «\xa0{runner_up}\xa0»')
+    assert page.text('#words .title') == title and page.all('#words mark')
     assert {w.get_attribute('title').split(' ', 1)[1] for w in page.all('#words mark')} <= {'(pour)', '(contre)'}
-    assert {w.text for w in page.all('#words mark')} <= set('Piscine ronde 🏊 hors-sol 3 m Liner bleu, filtre à sable et échelle.'.split())
-    assert len(page.all('#heat .cell')) == 49 and len(page.all('#shares li')) == 2 and page.js("document.querySelector('#heat img').naturalWidth") == 320
+    assert {w.text for w in page.all('#words mark')} <= {*f'{title} {description}'.split()}
+    assert len(page.all('#heat .cell')) == 49 and len(page.all('#shares li')) == 2
+    assert page.js("document.querySelector('#heat img').naturalWidth") == 320
     page.see('#overlay').click(); assert not page.see('#heat').find_element(By.CSS_SELECTOR, '.cells').is_displayed()
     page.see('#overlay').click()
 
 
 def test_confirm(page):
     "One click says that the answer is right, or that the ticked one is; who may not review has no such button."
-    page.enter(); page.type('#designation', 'Piscine gonflable'); page.see('#predict-button').click(); page.text('#result-title')
+    page.enter(); predict(page, 'Piscine gonflable')
     codes = [int(e.get_attribute('value')) for e in page.all('#ranked input')]
     def stored():
         engine = create_engine(page.server.database)
-        with engine.connect() as c: rows = c.execute(text('select prdtypecode, reviewer from feedback order by id desc limit 1')).all()
+        last = text('select prdtypecode, reviewer from feedback order by id desc limit 1')
+        with engine.connect() as c: rows = c.execute(last).all()
         engine.dispose()
         return rows
     page.see('#confirm').click(); page.wait(lambda: page.text('#confirm-status').startswith('Enregistré'))
     assert page.text('#result-title') in page.text('#confirm-status') and stored() == [(codes[0], page.server.user)]
     page.all('#ranked input')[1].click(); page.see('#confirm').click()
-    page.wait(lambda: page.all('#ranked .name')[1].text.rsplit(' ', 1)[0] in page.text('#confirm-status')); assert stored() == [(codes[1], page.server.user)]
-    page.see('#lang-en').click(); page.wait(lambda: page.text('#confirm-status').startswith('Saved'))
-    page.stub('/feedback', 500); page.see('#confirm').click(); page.wait(lambda: 'went wrong' in page.text('#confirm-error'))
+    page.wait(lambda: page.all('#ranked .name')[1].text.rsplit(' ', 1)[0] in page.text('#confirm-status'))
     assert stored() == [(codes[1], page.server.user)]
-    page.js("sessionStorage.setItem('session', JSON.stringify({...JSON.parse(sessionStorage.getItem('session')), role: 'predict'}))")
-    page.driver.refresh(); page.type('#designation', 'Vase'); page.see('#predict-button').click(); page.text('#result-title')
+    page.see('#lang-en').click(); page.wait(lambda: page.text('#confirm-status').startswith('Saved'))
+    page.stub('/feedback', 500); page.see('#confirm').click()
+    page.wait(lambda: 'went wrong' in page.text('#confirm-error'))
+    assert stored() == [(codes[1], page.server.user)]
+    demoted = "{...JSON.parse(sessionStorage.getItem('session')), role: 'predict'}"
+    page.js(f"sessionStorage.setItem('session', JSON.stringify({demoted}))")
+    page.driver.refresh(); predict(page, 'Vase')
     assert not page.all('#confirm')
 
 
@@ -188,7 +213,8 @@ def test_listing_that_cannot_be_read(page, tmp_path):
     (tmp_path/'page.jpg').write_bytes(b'<html>404</html>')
     page.enter(); page.see('#predict-button').click()
     assert page.text('#predict-error') == 'Donnez un titre, une description ou une photo.'  # not even asked
-    page.driver.find_element(By.ID, 'photo').send_keys(str(tmp_path/'page.jpg')); page.type('#designation', 'Livre'); page.see('#predict-button').click()
+    page.driver.find_element(By.ID, 'photo').send_keys(str(tmp_path/'page.jpg'))
+    page.type('#designation', 'Livre'); page.see('#predict-button').click()
     page.wait(lambda: 'Cette photo ne peut pas être lue.' in page.text('#predict-error'))
     page.see('#photo-remove').click(); page.see('#predict-button').click(); assert page.text('#result-title')
     assert [m for m in page.driver.get_log('browser') if m['level'] == 'SEVERE' and '422' not in m['message']] == []
@@ -220,29 +246,33 @@ def test_review_by_keyboard(page, api):
     engine = create_engine(page.server.database)
     with engine.connect() as c:
         feedback = Table('feedback', MetaData(), autoload_with=c)
-        rows = c.execute(select(feedback.c.prediction_id, feedback.c.prdtypecode, feedback.c.reviewer).where(feedback.c.prediction_id.in_(chosen))).all()
+        rows = c.execute(select(feedback).where(feedback.c.prediction_id.in_(chosen))).all()
     engine.dispose()
     assert {r.prediction_id: r.prdtypecode for r in rows} == chosen and {r.reviewer for r in rows} == {page.server.user}
 
 
-def test_next_picture_is_there_already(page, api):
-    "While a listing is looked at the picture of the next is fetched, once."
+def test_next_image_is_there_already(page, api):
+    "While a listing is looked at the image of the next is fetched, once."
     to_review(api, 3)
-    asked = lambda: page.js("performance.getEntriesByType('resource').map(r => r.name).filter(n => n.endsWith('/image'))")
+    names = "performance.getEntriesByType('resource').map(r => r.name)"
+    asked = lambda: page.js(f"{names}.filter(n => n.endsWith('/image'))")
     page.enter('review'); page.see('#item-image')
     page.wait(lambda: len(asked()) == 2)
-    page.press('s'); page.wait(lambda: page.js("document.getElementById('item-image')?.naturalWidth") and asked()[1].split('/')[-2] == page.js(
-        "document.getElementById('item').dataset.prediction"))
+    shown = lambda: page.js("document.getElementById('item').dataset.prediction")
+    loaded = lambda: page.js("document.getElementById('item-image')?.naturalWidth")
+    page.press('s'); page.wait(lambda: loaded() and asked()[1].split('/')[-2] == shown())
     page.wait(lambda: len(asked()) == 3); assert len(set(asked())) == 3
 
 
 def test_busy_server_and_save_that_fails(page, api):
     "A busy server is asked again; a correction that is not stored is not lost."
-    to_review(api, 1); page.enter(); page.stub('/predict/upload', 503, 503); page.type('#designation', 'Vase'); page.press(Keys.ENTER)
+    to_review(api, 1); page.enter(); page.stub('/predict/upload', 503, 503)
+    page.type('#designation', 'Vase'); page.press(Keys.ENTER)
     assert 'Nouvel essai dans 1 s (2 sur 3)' in page.text('#notice') and page.text('#result-title')
     assert page.js("document.getElementById('notice').innerText") == ''
-    page.see('#nav-review').click(); page.see('#item'); assert not page.js("/[<&]/.test(document.getElementById('item').innerText)")
-    for answers,message in (((500,), "Une erreur s’est produite"), ((0,), 'ne répond pas'), ((503,)*3, 'est occupé')):
+    page.see('#nav-review').click(); page.see('#item')
+    assert not page.js("/[<&]/.test(document.getElementById('item').innerText)")
+    for answers,message in (((500,), 'Une erreur s’est produite'), ((0,), 'ne répond pas'), ((503,)*3, 'est occupé')):
         title = page.text('#item-title'); page.stub('/feedback', *answers); page.press('1')
         page.wait(lambda m=message: m in page.js("document.getElementById('review-error').innerText"))
         assert page.text('#item-title') == title and page.text('#count-done') == '0' and not page.all('#yours')
@@ -268,18 +298,21 @@ def test_skipped_to_the_end(page, api):
 def test_phone(page, api, tmp_path):
     to_review(api, 1); (tmp_path/'piscine.jpg').write_bytes(photo((200,320)))
     page.size(360, 740); assert page.fits()
-    page.enter(); page.type('#designation', 'Piscine '+'x'*80); page.driver.find_element(By.ID, 'photo').send_keys(str(tmp_path/'piscine.jpg'))
-    assert page.fits()
-    page.see('#predict-button').click(); page.text('#result-title'); page.see('#why').click(); page.text('#why-title'); assert page.fits()
+    page.enter(); page.type('#designation', 'Piscine '+'x'*80)
+    page.driver.find_element(By.ID, 'photo').send_keys(str(tmp_path/'piscine.jpg')); assert page.fits()
+    page.see('#predict-button').click(); page.text('#result-title')
+    page.see('#why').click(); page.text('#why-title'); assert page.fits()
     page.see('#nav-review').click(); page.see('#item'); assert page.fits()
 
 
 def test_languages(page):
-    said = lambda: (page.js('document.documentElement.lang'), page.text('label[for=password]'), page.text('#sign-in-button'))
+    lang = lambda: page.js('document.documentElement.lang')
+    said = lambda: (lang(), page.text('label[for=password]'), page.text('#sign-in-button'))
     assert said() == ('fr', 'Mot de passe', 'Se connecter')
-    page.see('#lang-en').click(); assert said() == ('en', 'Password', 'Sign in') and page.see('#lang-en').get_attribute('aria-pressed') == 'true'
+    page.see('#lang-en').click(); assert said() == ('en', 'Password', 'Sign in')
+    assert page.see('#lang-en').get_attribute('aria-pressed') == 'true'
     page.driver.refresh(); page.see('#sign-in-form'); assert said()[0] == 'en'
-    page.enter(); page.type('#designation', 'Piscine'); page.see('#predict-button').click(); page.text('#result-title')
+    page.enter(); predict(page, 'Piscine')
     en,fr = LANES[page.see('#lane').get_attribute('data-lane')]
     assert en in page.text('#lane') and page.driver.title.startswith('Classify')
     page.see('#lang-fr').click(); assert fr in page.text('#lane') and page.text('#nav-review') == 'Vérifier'
