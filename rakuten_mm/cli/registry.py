@@ -23,7 +23,8 @@ def list_models_command():
     from rakuten_mm.registry.champion import overview
     for r in (rows := overview()).itertuples():
         score = '' if r.f1_weighted is None or r.f1_weighted != r.f1_weighted else f'{r.f1_weighted:.4f}'
-        click.echo(f'{r.version:>4}  {r.created:%Y-%m-%d %H:%M}  {score:>6}  {r.decision:11}  {r.aliases:20}  data {r.data}')
+        click.echo(f'{r.version:>4}  {r.created:%Y-%m-%d %H:%M}  {score:>6}  '
+                   f'{r.decision:11}  {r.aliases:20}  data {r.data}')
     if not len(rows): click.echo('nothing is registered; train a model first')
 
 @registry.command()
@@ -32,7 +33,8 @@ def history_command():
     import pandas as pd
     from rakuten_mm.registry.champion import history
     for r in (rows := history()).itertuples():
-        click.echo(f"{r.time:%Y-%m-%d %H:%M:%S}  {r.action:8}  {'-' if pd.isna(r.before) else r.before} -> {r.after}  {r.who}: {r.why}")
+        before = '-' if pd.isna(r.before) else r.before
+        click.echo(f'{r.time:%Y-%m-%d %H:%M:%S}  {r.action:8}  {before} -> {r.after}  {r.who}: {r.why}')
     if not len(rows): click.echo('no version was ever promoted')
 
 # %% ../../nbs/lib/cli/00_registry.ipynb #3aa0f485
@@ -40,7 +42,8 @@ def history_command():
 @click.argument('version', type=int)
 @click.argument('data_dir', type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option('--gate', default='{}', help='Overrides of GateConfig as JSON, e.g. {"class_budget": 0.1}.')
-@click.option('--out', type=click.Path(file_okay=False, path_type=Path), help='Receives the report; default: promotions/ in the artifacts folder.')
+@click.option('--out', type=click.Path(file_okay=False, path_type=Path),
+              help='Receives the report; default: promotions/ in the artifacts folder.')
 @click.option('--dry-run', is_flag=True, help='Compare and report, but move nothing.')
 @click.pass_context
 def promote_command(ctx, version, data_dir, gate, out, dry_run):
@@ -51,9 +54,10 @@ def promote_command(ctx, version, data_dir, gate, out, dry_run):
     from rakuten_mm.registry.promotion import promote
     try: cfg = from_dict(GateConfig, json.loads(gate))
     except (TypeError, ValueError) as e: raise click.BadParameter(str(e), param_hint='--gate') from None
-    decision,trial = promote(version, Dataset.open(data_dir), cfg, out or '', dry_run=dry_run)
-    for c in trial.verdict.checks: click.echo(f"{'passed' if c.ok else 'FAILED'}  {c.name:12} {c.text}")
-    click.echo(f"version {version} {'would be' if dry_run else 'is'} {'' if decision.promoted else 'not '}promoted: {decision.reason}")
+    decision,comparison = promote(version, Dataset.open(data_dir), cfg, out or '', dry_run=dry_run)
+    for c in comparison.verdict.checks: click.echo(f"{'passed' if c.ok else 'FAILED'}  {c.name:12} {c.text}")
+    is_promoted = ('would be ' if dry_run else 'is ')+('' if decision.promoted else 'not ')+'promoted'
+    click.echo(f'version {version} {is_promoted}: {decision.reason}')
     if not decision.promoted: ctx.exit(NOT_PROMOTED)
 
 # %% ../../nbs/lib/cli/00_registry.ipynb #2685995b
@@ -61,7 +65,7 @@ def promote_command(ctx, version, data_dir, gate, out, dry_run):
 @click.option('--to', 'version', type=int, help='Version to restore; default: the one before, `previous`.')
 @click.option('--why', required=True, help='For the audit, and for whoever looks at the version later.')
 def rollback_command(version, why):
-    "Restore an earlier champion; servers follow within seconds. The version that is taken back is not promoted again."
+    "Restore an earlier champion; servers follow within seconds. The one that is taken back is not promoted again."
     from rakuten_mm.registry.champion import rollback
     from rakuten_mm.registry.versions import alias_version
     before = alias_version('champion')
