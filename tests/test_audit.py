@@ -7,25 +7,28 @@ import pandas as pd
 import pytest
 
 from rakuten_mm.data.ingestion import ingest
-from rakuten_mm.evaluation.label_audit import audit_labels, audit_scores, read_oof, suspected_pairs, suspects_figure, write_audit
-from rakuten_mm.synthetic.catalogue import synthesize
+from rakuten_mm.evaluation.label_audit import audit_labels, audit_scores, suspected_pairs, suspects_figure, write_audit
+from rakuten_mm.evaluation.oof import read_oof
+from rakuten_mm.synthetic.catalogue import demo
 from zenml_pipelines.run_notebook import NotebookError, run_notebook
 
 
 def catalogue(n=1_200, k=4, share=.05, seed=0):
-    "Rows, probabilities, codes and the true code of each product: a decent model, and a few labels turned to a neighbour."
+    "Rows, probabilities, codes and true codes: a decent model, and a few labels turned to a neighbour."
     rng = np.random.default_rng(seed)
     codes,true = [10, 40, 50, 2583][:k], rng.integers(0, k, n)
     given = np.where(rng.random(n) < share, (true+1)%k, true)
     probs = np.eye(k)[true]*2+rng.normal(size=(n, k)); probs = np.exp(1.5*probs); probs /= probs.sum(1, keepdims=True)
-    rows = pd.DataFrame(dict(id=range(n), productid=np.arange(n)+10**9, title='Titre', prdtypecode=np.array(codes)[given], group=np.arange(n)))
+    rows = pd.DataFrame(dict(id=range(n), productid=np.arange(n)+10**9, title='Titre', group=np.arange(n),
+                             prdtypecode=np.array(codes)[given]))
     return rows, probs, codes, pd.Series(np.array(codes)[true], rows.productid)
 
 
 def test_injected_noise_is_found():
     rows,probs,codes,truth = catalogue()
     s = audit_scores(audit_labels(probs, rows, codes), truth)
-    assert s['average_precision'] > 5*s['noise'] and s['precision'] > 5*s['noise'] and s['recall'] > .5 and s['suggestion_right'] > .7
+    assert s['average_precision'] > 5*s['noise'] and s['precision'] > 5*s['noise']
+    assert s['recall'] > .5 and s['suggestion_right'] > .7
 
 
 def test_order_of_rows_does_not_matter():
@@ -40,7 +43,8 @@ def test_a_class_that_nobody_has():
     rows.loc[rows.prdtypecode == 40, 'prdtypecode'] = 10
     rows.loc[0, 'prdtypecode'] = 40
     found = audit_labels(probs, rows, codes, {10: 'Livres'})
-    assert len(found) == 300 and set(found.given_name) == {'Livres', '40', '50', '2583'} and (found.given != found.suggested).all()
+    assert len(found) == 300 and set(found.given_name) == {'Livres', '40', '50', '2583'}
+    assert (found.given != found.suggested).all()
 
 
 def test_copies_are_evidence():
@@ -48,11 +52,13 @@ def test_copies_are_evidence():
     rows.loc[:2, 'group'],rows.loc[:2, 'prdtypecode'] = 0, [10, 40, 40]
     probs[0] = [.01, .97, .01, .01]
     one = audit_labels(probs, rows, codes).set_index('productid').loc[rows.productid[0]]
-    assert one.suspect and one.suggested == 40 and (one.copies, one.copies_otherwise, one.copies_as_suggested) == (2, 2, 2)
+    assert one.suspect and one.suggested == 40
+    assert (one.copies, one.copies_otherwise, one.copies_as_suggested) == (2, 2, 2)
 
 
-@pytest.mark.parametrize('spoil,why', [(lambda r, p: (r, p[:-1]), 'but there are'), (lambda r, p: (r, p*np.nan), 'are no probabilities'),
-                                       (lambda r, p: (r.assign(prdtypecode=7), p), 'no probabilities for the code 7')])
+@pytest.mark.parametrize(('spoil', 'why'), [
+    (lambda r, p: (r, p[:-1]), 'but there are'), (lambda r, p: (r, p*np.nan), 'are no probabilities'),
+    (lambda r, p: (r.assign(prdtypecode=7), p), 'no probabilities for the code 7')])
 def test_refused(spoil, why):
     rows,probs,codes,_ = catalogue(50)
     rows,probs = spoil(rows, probs)
@@ -63,14 +69,15 @@ def test_scores_need_the_truth():
     rows,probs,codes,truth = catalogue(200)
     found = audit_labels(probs, rows, codes)
     with pytest.raises(ValueError, match='no truth about 1 of 200'): audit_scores(found, truth[1:])
-    with pytest.raises(ValueError, match='every label is right'): audit_scores(found, rows.set_index('productid').prdtypecode)
+    given = rows.set_index('productid').prdtypecode
+    with pytest.raises(ValueError, match='every label is right'): audit_scores(found, given)
 
 
 def test_oof_that_does_not_fit(tmp_path):
-    rows,probs,codes,_ = catalogue(20)
+    rows,*_ = catalogue(20)
     with pytest.raises(FileNotFoundError, match='no out-of-fold probabilities'): read_oof(tmp_path/'oof.parquet', rows)
     pd.DataFrame(dict(productid=[1])).to_parquet(tmp_path/'oof.parquet')
-    with pytest.raises(ValueError, match='wants columns productid and p_<code>'): read_oof(tmp_path/'oof.parquet', rows)
+    with pytest.raises(ValueError, match='needs columns productid and p_<code>'): read_oof(tmp_path/'oof.parquet', rows)
     pd.DataFrame(dict(productid=[1, 1], p_10=.5, p_40=.5)).to_parquet(tmp_path/'oof.parquet')
     with pytest.raises(ValueError, match='more than one row'): read_oof(tmp_path/'oof.parquet', rows)
 
@@ -79,17 +86,18 @@ def test_oof_that_does_not_fit(tmp_path):
 
 @pytest.fixture(scope='module')
 def noisy(tmp_path_factory):
-    "A dataset, the generator's truth about it, and what a training run would leave: probabilities that know the true class most of the time."
+    "A dataset, the truth about it, and what a training run would leave: probabilities that are right most of the time."
     root = tmp_path_factory.mktemp('noisy')
-    raw = synthesize(root/'raw', 600, 0, image_size=32, progress=False)
-    data = ingest(raw, root/'data', progress=False)
-    truth = pd.read_csv(raw/'truth.csv').set_index('productid').true_code
+    data = demo(root, 600, n_test=0, image_size=32)
+    truth = pd.read_csv(root/'raw'/'truth.csv').set_index('productid').true_code
     train = data.products[data.products.split == 'train']
     codes = sorted(data.products.prdtypecode.unique().tolist())
-    z = np.random.default_rng(0).normal(size=(len(train), len(codes))); z[range(len(train)), [codes.index(truth[p]) for p in train.productid]] += 5
+    z = np.random.default_rng(0).normal(size=(len(train), len(codes)))
+    z[range(len(train)), [codes.index(truth[p]) for p in train.productid]] += 5
     probs = np.exp(z)/np.exp(z).sum(1, keepdims=True)
     (root/'train').mkdir()
-    pd.DataFrame(probs, columns=[f'p_{c}' for c in codes]).assign(productid=train.productid.to_numpy()).to_parquet(root/'train'/'oof.parquet')
+    oof = pd.DataFrame(probs, columns=[f'p_{c}' for c in codes]).assign(productid=train.productid.to_numpy())
+    oof.to_parquet(root/'train'/'oof.parquet')
     (root/'train'/'result.json').write_text(json.dumps(dict(split='grouped', data_version=data.manifest['version'])))
     return root,data,truth
 
@@ -110,7 +118,8 @@ def test_suspects_come_back_as_corrections(noisy, tmp_path):
     with pytest.raises(NotebookError, match='was trained on data'):
         run_notebook('audit', tmp_path/'old', data_dir=tmp_path/'data', train_dir=root/'train')
     (tmp_path/'train').mkdir(); shutil.copy(root/'train'/'oof.parquet', tmp_path/'train')
-    (tmp_path/'train'/'result.json').write_text(json.dumps(dict(split='grouped', data_version=data.manifest['version'])))
+    result = dict(split='grouped', data_version=data.manifest['version'])
+    (tmp_path/'train'/'result.json').write_text(json.dumps(result))
     after = run_notebook('audit', tmp_path/'again', data_dir=tmp_path/'data', train_dir=tmp_path/'train')
     left = pd.read_csv(tmp_path/'again'/'suspects.csv')
     assert after['reviewed'] == len(found) and not left.productid.isin(found.productid).any()
@@ -131,7 +140,8 @@ def test_titles_stay_text(noisy, tmp_path):
     "A title with a formula is harmless in the file, and numbers stay numbers."
     root,data,_ = noisy
     probs,rows,codes = read_oof(root/'train'/'oof.parquet', data.products)
-    written = write_audit(audit_labels(probs, rows.assign(title='=1+1, "x"\n@SUM(A1)'), codes), tmp_path/'suspects.csv', top=3)
+    found = audit_labels(probs, rows.assign(title='=1+1, "x"\n@SUM(A1)'), codes)
+    written = write_audit(found, tmp_path/'suspects.csv', top=3)
     back = pd.read_csv(tmp_path/'suspects.csv')
     assert back.title.tolist() == ["'=1+1, \"x\"\n@SUM(A1)"]*3 and back.productid.tolist() == written.productid.tolist()
     assert back.columns[:4].tolist() == ['productid', 'prdtypecode', 'source', 'time'] and back.prdtypecode.dtype == int
