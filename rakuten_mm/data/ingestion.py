@@ -19,8 +19,10 @@ from .dataset import Dataset, publish
 from ..core.files import sha256_file
 from .features import Checker, FeatureCache
 from .near_duplicates import duplicate_groups
-from .parsing import IngestionLog, Delivery, check_refused_share, find_delivery, make_receipt, read_labels, read_listings_of, with_facts
-from .merging import CORRECTIONS, EMPTY, assign_splits, reconcile, correct, describe_version, fingerprints_of, merge_index, read_corrections, write_part
+from .parsing import Delivery, IngestionLog, check_refused_share, find_delivery, make_receipt
+from .parsing import read_labels, read_listings_of, with_features
+from .merging import CORRECTIONS, EMPTY, assign_splits, correct, describe_version, fingerprints_of
+from .merging import merge_index, read_corrections, reconcile, write_part
 from ..sources.sync import complete_delivery
 from .schema import RawDataError, read_names
 from .taxonomy import category_names
@@ -37,20 +39,22 @@ def read_delivery(
     names:dict[int, str], # Codes in use; empty accepts any
     path:Path, # Part to write
     data_dir:Path, # Has the image store and the cache
-    books:IngestionLog,
+    log:IngestionLog,
     progress:bool,
 )->pd.DataFrame: # From `write_part`
     "Read, validate and check the listings of a delivery; raises `RawDataError`."
     known = before.set_index('productid').digest
-    if not delivery.x: return write_part(iter([]), path, known, books)
-    labels = read_labels(delivery, names, books)
-    with (Checker(FeatureCache(data_dir/'cache'/'facts.sqlite'), data_dir/'images', parallel=len(labels) >= 2_000) as checker,
+    if not delivery.x: return write_part(iter([]), path, known, log)
+    labels = read_labels(delivery, names, log)
+    cache = FeatureCache(data_dir/'cache'/'facts.sqlite')
+    with (Checker(cache, data_dir/'images', parallel=len(labels) >= 2_000) as checker,
           tqdm(total=len(labels), desc='listings', unit='', disable=not progress) as bar):
         def counted(pieces):
             for df in pieces: yield df; bar.update(len(df))
-        pieces = with_facts(read_listings_of(delivery, labels, books), checker, books, delivery.x.name)
-        try: return write_part(counted(pieces), path, known, books)
-        except BrokenProcessPool as e: raise OSError('a worker process was killed (out of memory?); run again, what was checked is kept') from e
+        pieces = with_features(read_listings_of(delivery, labels, log), checker, log, delivery.x.name)
+        try: return write_part(counted(pieces), path, known, log)
+        except BrokenProcessPool as e:
+            raise OSError('a worker process was killed (out of memory?); run again, what was checked is kept') from e
 
 # %% ../../nbs/lib/data/10_ingestion.ipynb #df587e17
 def link_parts(
@@ -59,11 +63,11 @@ def link_parts(
     rows:int, # In the new part
 )->list[str]: # Names of all parts
     "Bring the parts of a version together."
-    parts = list(parent.manifest['parts']) if parent else []
-    for p in parts:
-        try: os.link(parent.folder/p, stage/p)
-        except OSError: shutil.copyfile(parent.folder/p, stage/p)
-    part = stage/'part.tmp'
+    old = parent.parts if parent else []
+    for p in old:
+        try: os.link(p, stage/p.name)
+        except OSError: shutil.copyfile(p, stage/p.name)
+    part,parts = stage/'part.tmp', [p.name for p in old]
     if not rows: part.unlink(); return parts
     name = f'part-{sha256_file(part)[:16]}.parquet'
     part.rename(stage/name)
@@ -71,17 +75,17 @@ def link_parts(
 
 # %% ../../nbs/lib/data/10_ingestion.ipynb #47d23afc
 def write_quarantine(
-    books:IngestionLog,
+    log:IngestionLog,
     path:Path, # In the stage
     rejected:Path, # Where it stays if nothing is published
     limit:float, # Largest share of a file's records that may be refused
 ):
-    "Keep what was refused; raises `RawDataError` if that is too much."
-    q = books.quarantine
+    "Keep the refused records; raises `RawDataError` if they are too many."
+    q = log.quarantine
     q.to_parquet(path, index=False)
     rejected.unlink(missing_ok=True)
     if len(q): rejected.parent.mkdir(exist_ok=True); shutil.copyfile(path, rejected)
-    check_refused_share(books, limit, rejected)
+    check_refused_share(log, limit, rejected)
 
 # %% ../../nbs/lib/data/10_ingestion.ipynb #e0dd0af8
 def merge_delivery(
@@ -89,18 +93,19 @@ def merge_delivery(
     parent:Dataset|None,
     stage:Path, # Empty folder; receives the files of the version
     data_dir:Path,
-    books:IngestionLog,
+    log:IngestionLog,
     options:dict, # seed, snapshot, max_quarantine, progress
 )->tuple[pd.DataFrame, pd.DataFrame, list[str], dict[int, str]]: # Index, corrections, parts, names
     "Files of the next version but index and manifest; raises `RawDataError`."
     before,old = (parent.index,parent.manifest) if parent else (EMPTY,{})
     given = read_names(delivery.classes.parent) if delivery.classes else {}
-    new = read_delivery(delivery, before, given, stage/'part.tmp', data_dir, books, options['progress'])
+    new = read_delivery(delivery, before, given, stage/'part.tmp', data_dir, log, options['progress'])
     parts = link_parts(parent, stage, len(new))
-    index = merge_index(before, new, len(parts)-1, books, options['snapshot'])
+    index = merge_index(before, new, len(parts)-1, log, options['snapshot'])
     names = {int(c): n for c,n in old.get('names', {}).items()} | given
-    fixes = read_corrections(delivery, index.productid, set(given) or {*names, *index.code}, books)
-    write_quarantine(books, stage/'quarantine.parquet', data_dir/'rejected'/'quarantine.parquet', options['max_quarantine'])
+    fixes = read_corrections(delivery, index.productid, set(given) or {*names, *index.code}, log)
+    rejected = data_dir/'rejected'/'quarantine.parquet'
+    write_quarantine(log, stage/'quarantine.parquet', rejected, options['max_quarantine'])
     if not len(index): raise RawDataError(f'{delivery.images_dir.parents[1]}: no listing was accepted')
     if parent: fixes = pd.concat([pd.read_parquet(parent.folder/'corrections.parquet'), fixes])
     fixes = fixes.drop_duplicates().sort_values(list(CORRECTIONS), ignore_index=True).astype(CORRECTIONS)
@@ -118,14 +123,16 @@ def build_version(
     options:dict, # seed, snapshot, max_quarantine, progress
 )->dict|None: # The manifest, or None if the delivery changes nothing
     "The next version in `stage`; raises `RawDataError`."
-    books,old = IngestionLog(), parent.manifest if parent else {}
-    index,fixes,parts,names = merge_delivery(delivery, parent, stage, data_dir, books, options)
+    log,old = IngestionLog(), parent.manifest if parent else {}
+    index,fixes,parts,names = merge_delivery(delivery, parent, stage, data_dir, log, options)
     index.to_parquet(stage/'index.parquet', index=False); fixes.to_parquet(stage/'corrections.parquet', index=False)
-    if parent and all(sha256_file(stage/f) == old['files'][f] for f in ('index.parquet', 'corrections.parquet')): return None
-    tables = [sha256_file(p) for p in delivery.tables]
-    id = hashlib.sha256(json.dumps([options['snapshot'], tables, books.pictures.hexdigest()]).encode()).hexdigest()[:16]
-    return describe_version(stage, parts, index, names) | dict(seed=old.get('seed', options['seed']), generation=old.get('generation', -1)+1,
-        parent=old.get('version', ''), delivery=reconcile(books, delivery, parent.index if parent else EMPTY, index) | dict(id=id),
+    if parent and all(sha256_file(stage/f) == old['files'][f] for f in ('index.parquet', 'corrections.parquet')):
+        return None
+    content = json.dumps([options['snapshot'], [sha256_file(p) for p in delivery.tables], log.images.hexdigest()])
+    id = hashlib.sha256(content.encode()).hexdigest()[:16]
+    counts = reconcile(log, delivery, parent.index if parent else EMPTY, index)
+    return describe_version(stage, parts, index, names) | dict(seed=old.get('seed', options['seed']),
+        generation=old.get('generation', -1)+1, parent=old.get('version', ''), delivery=counts | dict(id=id),
         deliveries=[*old.get('deliveries', []), id])
 
 # %% ../../nbs/lib/data/10_ingestion.ipynb #7813e562
@@ -134,15 +141,15 @@ def already_in(
     parent:Dataset,
     snapshot:bool,
 )->bool:
-    "Whether merging would change nothing: the delivery is part of the version, or left it as it was."
+    "True if merging would change nothing: the delivery is part of the version, or left it as it was."
     if not seen: return False
     merged = parent.manifest['deliveries'][-1:] if snapshot else parent.manifest['deliveries']
-    return seen['id'] in merged or seen['version'] == parent.manifest['version'] and not seen['id']
+    return seen['id'] in merged or (seen['version'] == parent.manifest['version'] and not seen['id'])
 
 def clean_up(
     data_dir:Path
 ):
-    "Remove what a killed ingestion left behind."
+    "Remove the remains of a killed ingestion."
     left = list(data_dir.glob('.stage-*'))
     for p in left: shutil.rmtree(p)
     for p in [*data_dir.glob('.tmp-*'), *(data_dir.glob('images/*/.*.part') if left else [])]: p.unlink()
@@ -156,14 +163,16 @@ def ingest_alone(
     "Merge a delivery, unless it is part of the dataset; raises `RawDataError`."
     clean_up(data_dir)
     snapshot,parent = options['snapshot'], Dataset.open(data_dir) if (data_dir/'CURRENT').exists() else None
-    facts,receipt = FeatureCache(data_dir/'cache'/'facts.sqlite'), make_receipt(delivery, snapshot=snapshot)
-    if parent and already_in(facts.get([receipt])[0], parent, snapshot): return
+    cache,receipt = FeatureCache(data_dir/'cache'/'facts.sqlite'), make_receipt(delivery, snapshot=snapshot)
+    if parent and already_in(cache.get([receipt])[0], parent, snapshot): return
     stage = Path(tempfile.mkdtemp(dir=data_dir, prefix='.stage-'))
     try:
         manifest = build_version(delivery, parent, stage, data_dir, options)
-        seen = dict(id=manifest['delivery']['id'] if manifest else '', version=parent.manifest['version'] if parent else '')
-        if manifest and not (parent and already_in(seen | dict(version=''), parent, snapshot)): publish(stage, manifest, data_dir)
-        facts.put([receipt], [seen])
+        seen = dict(id=manifest['delivery']['id'] if manifest else '',
+                    version=parent.manifest['version'] if parent else '')
+        if manifest and not (parent and already_in(seen | dict(version=''), parent, snapshot)):
+            publish(stage, manifest, data_dir)
+        cache.put([receipt], [seen])
     finally: shutil.rmtree(stage, ignore_errors=True)
 
 # %% ../../nbs/lib/data/10_ingestion.ipynb #c3f3cfef
@@ -176,14 +185,16 @@ def ingest(
     progress:bool = True, # Show a progress bar
     wait_s:float = 600, # How long a fetch into `raw_dir` may keep this waiting
 )->Dataset: # The current version afterwards
-    "Merge a delivery into the dataset; raises `RawDataError`, `FetchError` if it is not whole, or `DataBusyError` if another ingestion is at work."
+    "Merge a delivery into the dataset; raises `RawDataError`, `FetchError` if it is incomplete, or `DataBusyError`."
     data_dir = Path(data_dir).resolve()
     options = dict(seed=seed, snapshot=snapshot, max_quarantine=max_quarantine, progress=progress)
     with complete_delivery(raw_dir, wait_s):
         delivery = find_delivery(raw_dir)
-        if snapshot and not delivery.x: raise RawDataError(f'{raw_dir}: a snapshot needs listings, and there are only corrections')
+        if snapshot and not delivery.x:
+            raise RawDataError(f'{raw_dir}: a snapshot needs listings, and there are only corrections')
         data_dir.mkdir(parents=True, exist_ok=True)
         try: lock = FileLock(data_dir/'.lock').acquire(timeout=0)
-        except Timeout: raise DataBusyError(f'another ingestion is writing to {data_dir}; try again when it is done') from None
+        except Timeout:
+            raise DataBusyError(f'another ingestion is writing to {data_dir}; try again when it is done') from None
         with lock: ingest_alone(delivery, data_dir, options)
     return Dataset.open(data_dir)

@@ -19,53 +19,57 @@ from .splits import check_no_leak, grouped_split, reference_split, settle_groups
 
 # %% ../../nbs/lib/data/09_merging.ipynb #54982d1a
 def to_table(df:pd.DataFrame)->pa.Table:
-    "Listings with facts, in the schema of a part."
-    raw = {c: [bytes.fromhex(s).ljust(PART.field(c).type.byte_width, b'\0') for s in df[c]] for c in ('signature', 'image_hash')}
+    "Listings with features, in the schema of a part."
+    padded = lambda c: [bytes.fromhex(s).ljust(PART.field(c).type.byte_width, b'\0') for s in df[c]]
+    raw = {c: padded(c) for c in ('signature', 'image_hash')}
     return pa.table({c: pa.array(raw.get(c, df[c]), type=PART.field(c).type) for c in PART.names}, schema=PART)
 
 # %% ../../nbs/lib/data/09_merging.ipynb #76e9e059
 def write_part(
-    pieces:Iterator[pd.DataFrame], # From `with_facts`
+    pieces:Iterator[pd.DataFrame], # From `with_features`
     path:Path, # Parquet file to write
     known:pd.Series, # Digest by productid, of the parent version
-    books:IngestionLog,
+    log:IngestionLog,
 )->pd.DataFrame: # productid, imageid, row, digest, code of what was written
     "Write added and changed listings, and note the unchanged ones."
-    index,held,row = [], [], 0
+    held:list[pa.Table] = []
+    index,row = [pd.DataFrame(columns=['productid', 'imageid', 'digest', 'code', 'row'], dtype='int64')], 0
     with pq.ParquetWriter(path, PART, compression='zstd') as writer:
         def flush():
             if held: writer.write_table(pa.concat_tables(held).combine_chunks()); held.clear()
         for df in pieces:
-            books.pictures.update(''.join(df.image).encode())
+            log.images.update(''.join(df.image).encode())
             same = known.reindex(df.productid).to_numpy() == df.digest.to_numpy()
-            books.same.append(df.productid[same].to_numpy())
+            log.same.append(df.productid[same].to_numpy())
             df = df[~same]
             held.append(to_table(df))
-            index.append(df[['productid', 'imageid', 'digest', 'code']].assign(row=np.arange(row, row+len(df)))); row += len(df)
+            index.append(df[['productid', 'imageid', 'digest', 'code']].assign(row=np.arange(row, row+len(df))))
+            row += len(df)
             if sum(map(len, held)) >= 8_192: flush()
         flush()
-    index = pd.concat(index or [pd.DataFrame(columns=['productid', 'imageid', 'digest', 'code', 'row'], dtype='int64')], ignore_index=True)
-    books.new.append(index.productid.to_numpy())
-    return index
+    written = pd.concat(index, ignore_index=True)
+    log.new.append(written.productid.to_numpy())
+    return written
 
 # %% ../../nbs/lib/data/09_merging.ipynb #3cd96fe1
 def merge_index(
     parent:pd.DataFrame, # Index of the parent version, perhaps empty
     new:pd.DataFrame, # From `write_part`
     part:int, # Number of the new part
-    books:IngestionLog,
+    log:IngestionLog,
     snapshot:bool, # The delivery is the whole catalogue
 )->pd.DataFrame: # productid, imageid, part, row, digest, code, group, grouped, changed
     "Rows of the next version."
     fresh = new.assign(part=part).merge(parent[['productid', 'group', 'grouped']], 'left', 'productid')
-    fresh = fresh.assign(changed=fresh.grouped.notna(), grouped=fresh.grouped.astype(object).fillna(''), group=fresh.group.fillna(0).astype('int64'))
+    fresh = fresh.assign(changed=fresh.grouped.notna(), grouped=fresh.grouped.astype(object).fillna(''),
+                         group=fresh.group.fillna(0).astype('int64'))
     keep = ~parent.productid.isin(new.productid)
-    if snapshot: keep &= parent.productid.isin(np.concatenate(books.same))
+    if snapshot: keep &= parent.productid.isin(np.concatenate(log.same))
     return pd.concat([parent[keep].assign(changed=False), fresh], ignore_index=True)[[*parent.columns, 'changed']]
 
 # %% ../../nbs/lib/data/09_merging.ipynb #bf3bd35d
-INDEX = dict(productid='int64', imageid='int64', part='int64', row='int64', digest='int64', code='int64', prdtypecode='int64',
-             group='int64', **{s: 'str' for s in SPLITS})
+INDEX = dict.fromkeys(['productid', 'imageid', 'part', 'row', 'digest', 'code', 'prdtypecode', 'group'], 'int64')
+INDEX |= dict.fromkeys(SPLITS, 'str')
 EMPTY = pd.DataFrame({c: pd.Series(dtype=t) for c,t in INDEX.items()})
 
 # %% ../../nbs/lib/data/09_merging.ipynb #9c5d8e97
@@ -75,22 +79,26 @@ def read_corrections(
     delivery:Delivery,
     products:pd.Series, # productids of the dataset
     codes:set[int], # Codes in use
-    books:IngestionLog,
+    log:IngestionLog,
 )->pd.DataFrame: # Columns of `CORRECTIONS`
-    "The corrections of a delivery; refused ones go to the books."
+    "The corrections of a delivery; refused ones go to the log."
     path,out = delivery.corrections, []
     if not path: return pd.DataFrame({c: pd.Series(dtype=t) for c,t in CORRECTIONS.items()})
     if path.suffix == '.csv': pieces = read_chunks(path, list(CORRECTIONS), index=False)
-    else: pieces = [(pd.read_parquet(path, columns=list(CORRECTIONS)).astype('str').assign(line=lambda t: np.arange(1, len(t)+1)), [])]
+    else:
+        table = pd.read_parquet(path, columns=list(CORRECTIONS)).astype('str')
+        pieces = iter([(table.assign(line=np.arange(1, len(table)+1)), [])])
     for df,bad in pieces:
-        books.read[path.name] += len(df)+len(bad)
+        log.read[path.name] += len(df)+len(bad)
         good,more = validate(df, correction_schema(), path.name)
         good = good.astype({'productid': 'int64', 'prdtypecode': 'int64'})
-        why = np.select([~good.productid.isin(products), ~good.prdtypecode.isin(codes)], ['unknown_product', 'unknown_code'], '')
-        books.refused += bad+more+[dict(file=path.name, line=r.line, productid=r.productid, reason=w, detail=str(r.prdtypecode))
-                                   for r,w in zip(good.itertuples(), why) if w]
-        good = good[why == '']
-        out.append(good.assign(time=pd.to_datetime(good.time, format='ISO8601', utc=True).dt.strftime('%Y-%m-%dT%H:%M:%S.%fZ'))[list(CORRECTIONS)])
+        good = good.assign(why=np.select([~good.productid.isin(products), ~good.prdtypecode.isin(codes)],
+                                         ['unknown_product', 'unknown_code'], ''))
+        log.refused += bad+more+[dict(file=path.name, line=r.line, productid=r.productid, reason=r.why,
+                                      detail=str(r.prdtypecode)) for r in good[good.why != ''].itertuples()]
+        good = good[good.why == '']
+        time = pd.to_datetime(good.time, format='ISO8601', utc=True).dt.strftime('%Y-%m-%dT%H:%M:%S.%fZ')
+        out.append(good.assign(time=time)[list(CORRECTIONS)])
     return pd.concat(out, ignore_index=True).astype(CORRECTIONS)
 
 # %% ../../nbs/lib/data/09_merging.ipynb #35775b08
@@ -99,8 +107,8 @@ def correct(
     corrections:pd.DataFrame, # Of all deliveries so far
 )->pd.Series: # prdtypecode of each row
     "Delivered labels, overruled by the latest correction of each product."
-    last = corrections.sort_values(['time', 'source', 'prdtypecode']).drop_duplicates('productid', keep='last').set_index('productid').prdtypecode
-    return index.productid.map(last).fillna(index.code).astype('int64')
+    last = corrections.sort_values(['time', 'source', 'prdtypecode']).drop_duplicates('productid', keep='last')
+    return index.productid.map(last.set_index('productid').prdtypecode).fillna(index.code).astype('int64')
 
 # %% ../../nbs/lib/data/09_merging.ipynb #fb8bdfa3
 def fingerprints_of(
@@ -109,8 +117,8 @@ def fingerprints_of(
 )->tuple[np.ndarray, np.ndarray, np.ndarray]: # text codes (N,), signatures (N, 120), image hashes (N, 32)
     "Fingerprints of all rows, in the order of the index."
     t = read_parts(paths, index, FINGERPRINTS[1:]).combine_chunks()
-    wide = lambda c: np.frombuffer(t[c].chunk(0).buffers()[1], 'uint8').reshape(-1, PART.field(c).type.byte_width)[:len(t)]
-    return t['text_code'].to_numpy(), wide('signature'), wide('image_hash')
+    raw = lambda c: np.frombuffer(t[c].chunk(0).buffers()[1], 'uint8').reshape(-1, PART.field(c).type.byte_width)
+    return t['text_code'].to_numpy(), raw('signature')[:len(t)], raw('image_hash')[:len(t)]
 
 # %% ../../nbs/lib/data/09_merging.ipynb #e501b375
 def assign_splits(
@@ -123,7 +131,8 @@ def assign_splits(
     df[['group', 'grouped']] = settle_groups(df)
     df['grouped'] = grouped_split(df, seed=seed)
     check_no_leak(df)
-    df['reference'],df['time'] = reference_split(df.prdtypecode.to_numpy(), seed), time_split(df.imageid.to_numpy())
+    df['reference'] = reference_split(df.prdtypecode.to_numpy(), seed)
+    df['time'] = time_split(df.imageid.to_numpy())
     return df[list(INDEX)].astype(INDEX)
 
 # %% ../../nbs/lib/data/09_merging.ipynb #a52ed69f
@@ -134,28 +143,32 @@ def describe_version(
     names:dict[int, str],
 )->dict:
     "Counts of a version."
-    facts = read_parts([stage/p for p in parts], index, ['language', 'description_missing', 'description_repeats_title']).to_pandas()
+    columns = ['language', 'description_missing', 'description_repeats_title']
+    features = read_parts([stage/p for p in parts], index, columns).to_pandas()
     count = lambda s: {str(k): int(n) for k,n in s.value_counts().sort_index().items()}
-    return dict(rows=len(index), groups=int(index.group.nunique()), in_shared_groups=int(index.group.duplicated(keep=False).sum()),
-        splits={s: count(index[s]) for s in SPLITS}, classes=count(index.prdtypecode), languages=count(facts.language),
-        description_missing=int(facts.description_missing.sum()), description_repeats_title=int(facts.description_repeats_title.sum()),
+    return dict(rows=len(index), groups=int(index.group.nunique()),
+        in_shared_groups=int(index.group.duplicated(keep=False).sum()),
+        splits={s: count(index[s]) for s in SPLITS}, classes=count(index.prdtypecode),
+        languages=count(features.language), description_missing=int(features.description_missing.sum()),
+        description_repeats_title=int(features.description_repeats_title.sum()),
         names={str(c): n for c,n in names.items()}, parts=parts)
 
 # %% ../../nbs/lib/data/09_merging.ipynb #d59b70c0
 def reconcile(
-    books:IngestionLog,
+    log:IngestionLog,
     delivery:Delivery,
     before:pd.DataFrame, # Index of the parent version, perhaps empty
     after:pd.DataFrame, # Index of the new version
 )->dict:
-    "What became of the records of a delivery; raises `AssertionError` if one is unaccounted for."
-    new,same = (np.concatenate(x or [np.array([], 'int64')]) for x in (books.new, books.same))
-    q = books.quarantine
+    "Counts of the records of a delivery by their outcome; raises `AssertionError` if one is unaccounted for."
+    new,same = (np.concatenate([np.array([], 'int64'), *x]) for x in (log.new, log.same))
+    q,accepted = log.quarantine, len(new)+len(same)
     if delivery.x:
-        total,refused = books.read[delivery.x.name], int((q.file == delivery.x.name).sum())
-        if total != len(new)+len(same)+refused: raise AssertionError(f'{total} records came in, {len(new)+len(same)} were accepted and {refused} refused')
+        total,refused = log.read[delivery.x.name], int((q.file == delivery.x.name).sum())
+        if total != accepted+refused:
+            raise AssertionError(f'{total} records came in, {accepted} were accepted and {refused} refused')
     both = before.merge(after, on='productid', suffixes=('_before', ''))
     changed = np.isin(new, before.productid)
-    return dict(read=dict(books.read), added=int((~changed).sum()), changed=int(changed.sum()), unchanged=len(same),
+    return dict(read=dict(log.read), added=int((~changed).sum()), changed=int(changed.sum()), unchanged=len(same),
                 removed=len(before)-len(both), relabelled=int((both.prdtypecode_before != both.prdtypecode).sum()),
                 refused={r: int(n) for r,n in q.reason.value_counts().sort_index().items()})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PERMUTATIONS', 'HASH_BYTES', 'IMAGE_RADIUS', 'TEXT_SIMILARITY', 'normalised_words', 'text_code', 'minhash',
-           'signature', 'image_hashes', 'neighbours', 'near_images', 'near_texts', 'duplicate_groups']
+           'signature', 'image_hashes', 'join_pairs', 'neighbours', 'near_images', 'near_texts', 'duplicate_groups']
 
 # %% ../../nbs/lib/data/04_near_duplicates.ipynb #6d9e48a5
 import hashlib, re, unicodedata, zlib
@@ -28,7 +28,8 @@ def text_code(
     key:str # From `normalised_words`
 )->int: # 64 bits, signed; 0 for no words
     "A number that stands for the words."
-    return int.from_bytes(hashlib.blake2b(key.encode('utf-8', 'replace'), digest_size=8).digest(), signed=True) if key else 0
+    digest = hashlib.blake2b(key.encode('utf-8', 'replace'), digest_size=8).digest()
+    return int.from_bytes(digest, signed=True) if key else 0
 
 # %% ../../nbs/lib/data/04_near_duplicates.ipynb #5169105e
 PERMUTATIONS = 120
@@ -41,7 +42,7 @@ def minhash()->MinHash:
 def signature(
     key:str # From `normalised_words`
 )->bytes: # 120 bytes; empty for texts under 20 characters, which only count if they are the same
-    "What to compare instead of the text."
+    "The MinHash signature of a text."
     if len(key) < 20: return b''
     m = minhash().copy()
     m.update_batch([key[i:i+5].encode('utf-8', 'replace') for i in range(len(key)-4)])
@@ -52,15 +53,22 @@ HASH_BYTES = 32
 
 def image_hashes(
     thumbs:np.ndarray # (B, 64, 64) uint8, from `image.thumbnail`
-)->np.ndarray: # (B, 32) uint8; all zeros for flat pictures
+)->np.ndarray: # (B, 32) uint8; all zeros for flat images
     "256-bit perceptual hashes."
-    dct = scipy.fft.dct(np.eye(thumbs.shape[1], dtype='float32'), axis=0)[:16]      # the 16 lowest frequencies, as a matrix
+    dct = scipy.fft.dct(np.eye(thumbs.shape[1], dtype='float32'), axis=0)[:16]   # the 16 lowest frequencies, a matrix
     low = (dct@thumbs.astype('float32')@dct.T).reshape(len(thumbs), -1)
     bits = np.packbits(low > np.median(low, axis=1, keepdims=True), axis=1)
     flat = np.ptp(thumbs, axis=(1, 2)) < 8
     return bits*~flat[:, None]
 
 # %% ../../nbs/lib/data/04_near_duplicates.ipynb #ffbd66c8
+def join_pairs(
+    pairs:list[tuple[np.ndarray, np.ndarray]] # Row numbers of pairs, of several searches
+)->tuple[np.ndarray, np.ndarray]:
+    "All pairs as one."
+    i,j = zip(*pairs, strict=True)
+    return np.concatenate(i), np.concatenate(j)
+
 def neighbours(
     pieces:np.ndarray, # (N,) one piece of each row's fingerprint
     window:int = 8, # How far to look ahead in the sorted order
@@ -74,16 +82,17 @@ def neighbours(
     pairs = [(head[far], far)]
     for d in range(1, window+1):
         i = np.flatnonzero(p[:-d] == p[d:]); pairs.append((i, i+d))
-    return tuple(order[np.concatenate(x)] for x in zip(*pairs))
+    i,j = join_pairs(pairs)
+    return order[i], order[j]
 
 # %% ../../nbs/lib/data/04_near_duplicates.ipynb #0643e42e
-IMAGE_RADIUS = 14 # Bits of 256 by which pictures of one group may differ
+IMAGE_RADIUS = 14 # Bits of 256 by which images of one group may differ
 TEXT_SIMILARITY = .8 # Estimated Jaccard similarity from which texts are of one group
 
 def near_images(
     hashes:np.ndarray # (N, 32) uint8; rows of zeros join nothing
 )->tuple[np.ndarray, np.ndarray]: # Row numbers of pairs
-    "Pairs of pictures within `IMAGE_RADIUS` bits."
+    "Pairs of images within `IMAGE_RADIUS` bits."
     rows = np.flatnonzero(hashes.any(1))
     order = rows[np.lexsort(hashes[rows].view('>u8').T)]              # near hashes near each other within a run
     h,pairs = hashes[order], []
@@ -95,7 +104,7 @@ def near_images(
             near = np.bitwise_count(words[i, parts] ^ words[j, parts]).sum(1) <= IMAGE_RADIUS
             i,j = i[near],j[near]
         pairs.append((order[i], order[j]))
-    return tuple(np.concatenate(x) for x in zip(*pairs))
+    return join_pairs(pairs)
 
 # %% ../../nbs/lib/data/04_near_duplicates.ipynb #e67172eb
 def near_texts(
@@ -106,9 +115,10 @@ def near_texts(
     for at in range(0, PERMUTATIONS, 6):
         band = np.zeros((len(rows), 8), 'uint8'); band[:, :6] = signatures[rows, at:at+6]
         i,j = (rows[x] for x in neighbours(band.view('u8')[:, 0]))
-        near = np.concatenate([(signatures[i[s:s+50_000]] == signatures[j[s:s+50_000]]).mean(1) >= TEXT_SIMILARITY for s in range(0, len(i)+1, 50_000)])
-        pairs.append((i[near], j[near]))
-    return tuple(np.concatenate(x) for x in zip(*pairs))
+        parts = [slice(s, s+50_000) for s in range(0, len(i)+1, 50_000)]
+        similar = np.concatenate([(signatures[i[s]] == signatures[j[s]]).mean(1) for s in parts])
+        pairs.append((i[similar >= TEXT_SIMILARITY], j[similar >= TEXT_SIMILARITY]))
+    return join_pairs(pairs)
 
 # %% ../../nbs/lib/data/04_near_duplicates.ipynb #c9a1665d
 def duplicate_groups(
@@ -116,9 +126,9 @@ def duplicate_groups(
     signatures:np.ndarray, # (N, 120) uint8
     hashes:np.ndarray, # (N, 32) uint8
 )->np.ndarray: # (N,) group numbers
-    "Connected components of the listings that share a text or a picture, exactly or nearly."
+    "Connected components of the listings that share a text or an image, exactly or nearly."
     n = len(text_codes)
     worded = np.flatnonzero(text_codes)
-    same = [worded[x] for x in neighbours(text_codes[worded])]
-    i,j = (np.concatenate(x) for x in zip(same, near_texts(signatures), near_images(hashes)))
+    a,b = neighbours(text_codes[worded])
+    i,j = join_pairs([(worded[a], worded[b]), near_texts(signatures), near_images(hashes)])
     return connected_components(coo_matrix((np.ones(len(i), 'int8'), (i, j)), shape=(n, n)), directed=False)[1]

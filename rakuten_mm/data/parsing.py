@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Delivery', 'find_delivery', 'make_receipt', 'IngestionLog', 'check_refused_share', 'read_labels', 'read_listings_of',
-           'row_digest', 'with_facts']
+           'row_digest', 'with_features']
 
 # %% ../../nbs/lib/data/08_parsing.ipynb #c802f1e5
 import hashlib, json, os
@@ -12,11 +12,12 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 import numpy as np, pandas as pd
 from ..core.files import sha256_file
 from .features import Checker, start_check
-from .schema import (QUARANTINE, REASONS, X_COLUMNS, RawDataError, find_one, image_name, image_schema,
-                               label_schema, listing_schema, once, read_chunks, validate)
+from .schema import QUARANTINE, REASONS, X_COLUMNS, RawDataError, find_one, image_name
+from .schema import image_schema, label_schema, listing_schema, once, read_chunks, validate
 
 # %% ../../nbs/lib/data/08_parsing.ipynb #1230c3f3
 @dataclass(frozen=True)
@@ -34,14 +35,15 @@ class Delivery:
 def find_delivery(
     raw_dir:str|Path
 )->Delivery:
-    "What there is in `raw_dir`; raises `RawDataError` if that is no delivery."
+    "The delivery in `raw_dir`; raises `RawDataError` if there is none."
     raw_dir = Path(raw_dir).resolve()
     if not raw_dir.is_dir(): raise RawDataError(f'{raw_dir}: no such folder')
     optional = lambda *names: next((raw_dir/n for n in names if (raw_dir/n).exists()), None)
     corrections,images_dir = optional('corrections.csv', 'corrections.parquet'), raw_dir/'images'/'image_train'
     listings = not corrections or any(raw_dir.glob('X_train*.csv'))
     x,y = (find_one(raw_dir, f'{c}_train*.csv') for c in 'XY') if listings else (None, None)
-    if x and not images_dir.is_dir(): raise RawDataError(f'{raw_dir}: no folder images/image_train; the pictures are missing')
+    if x and not images_dir.is_dir():
+        raise RawDataError(f'{raw_dir}: no folder images/image_train; the images are missing')
     return Delivery(x, y, optional('classes.csv'), corrections, images_dir)
 
 # %% ../../nbs/lib/data/08_parsing.ipynb #28e4d3c3
@@ -50,7 +52,8 @@ def make_receipt(
     **options, # Whatever else decides the result
 )->bytes:
     "A hash of a delivery as it lies on the disk."
-    h = hashlib.blake2b(json.dumps([options, str(delivery.images_dir), [(p.name, sha256_file(p)) for p in delivery.tables]]).encode(), digest_size=16)
+    known = [options, str(delivery.images_dir), [(p.name, sha256_file(p)) for p in delivery.tables]]
+    h = hashlib.blake2b(json.dumps(known).encode(), digest_size=16)
     if delivery.x:
         with os.scandir(delivery.images_dir) as entries:
             stats = [(e.name, s.st_size, s.st_mtime_ns) for e in entries if (s := e.stat())]
@@ -60,78 +63,85 @@ def make_receipt(
 # %% ../../nbs/lib/data/08_parsing.ipynb #84eed737
 @dataclass
 class IngestionLog:
-    "The books of one ingestion."
+    "Counts and refused records of one ingestion."
     read:Counter = field(default_factory=Counter) # Records by file
     refused:list[dict] = field(default_factory=list) # Rows of `QUARANTINE`
     new:list[np.ndarray] = field(default_factory=list) # productids written
     same:list[np.ndarray] = field(default_factory=list) # productids that the dataset holds as they are
-    pictures:object = field(default_factory=lambda: hashlib.blake2b(digest_size=16)) # Over the accepted pictures
+    images:Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16)) # Over the accepted images
 
     @property
     def quarantine(self)->pd.DataFrame:
         "Refused records, by file and line."
         rows = [dict.fromkeys(QUARANTINE, '') | r for r in self.refused]
-        df = pd.DataFrame(rows, columns=QUARANTINE).astype({c: 'str' for c in QUARANTINE} | {'line': 'int64'})
+        df = pd.DataFrame(rows, columns=QUARANTINE).astype(dict.fromkeys(QUARANTINE, 'str') | {'line': 'int64'})
         return df.sort_values(['file', 'line', 'reason'], ignore_index=True)
 
 # %% ../../nbs/lib/data/08_parsing.ipynb #0068714e
 def check_refused_share(
-    books:IngestionLog,
+    log:IngestionLog,
     limit:float, # Largest share of a file's records that may be refused
     kept_in:Path, # Where the quarantine can be read
 ):
     "Raises `RawDataError` with a report if too many records were refused."
-    q = books.quarantine
-    shares = {f: n/max(1, books.read[f]) for f,n in q.file.value_counts().items()}
+    q = log.quarantine
+    shares = {f: n/max(1, log.read[f]) for f,n in q.file.value_counts().items()}
     if not shares or max(shares.values()) <= limit: return
+    counts = q.groupby(['file', 'reason']).line.agg(line='min', n='size').reset_index()
     lines = [f'- {r.reason} {r.n:,} times in {r.file}, first in line {r.line}: {REASONS[r.reason]}'
-             for r in q.groupby(['file', 'reason']).line.agg(line='min', n='size').reset_index().sort_values('n', ascending=False).itertuples()]
-    file = max(shares, key=shares.get)
-    raise RawDataError(f'{shares[file]:.1%} of {file} was refused, more than the {limit:.1%} that are allowed:\n'+'\n'.join(lines)
-                       +f'\nNothing was published. Every refused record is in {kept_in}; mend the delivery, or allow more.')
+             for r in counts.sort_values('n', ascending=False).itertuples()]
+    file,share = max(shares.items(), key=lambda s: s[1])
+    raise RawDataError('\n'.join([
+        f'{share:.1%} of {file} was refused, more than the {limit:.1%} that are allowed:', *lines,
+        f'Nothing was published. Every refused record is in {kept_in}; mend the delivery, or allow more.']))
 
 # %% ../../nbs/lib/data/08_parsing.ipynb #7543b6eb
 def read_labels(
     delivery:Delivery,
     names:dict[int, str], # Codes in use; empty accepts any
-    books:IngestionLog,
+    log:IngestionLog,
 )->pd.DataFrame: # prdtypecode and line by id
-    "The labels of a delivery; refused ones go to the books."
-    out,rules = [], label_schema().update_column('id', checks=[*label_schema().columns['id'].checks, once(set(), 'repeated_label')])
+    "The labels of a delivery; refused ones go to the log."
+    assert delivery.y
+    out,rules = [], label_schema()
+    rules = rules.update_column('id', checks=[*rules.columns['id'].checks, once(set(), 'repeated_label')])
     for df,bad in read_chunks(delivery.y, ['prdtypecode']):
-        books.read[delivery.y.name] += len(df)+len(bad)
+        log.read[delivery.y.name] += len(df)+len(bad)
         good,more = validate(df, rules, delivery.y.name)
         out.append(good.astype({'id': 'int64', 'prdtypecode': 'int64'}))
-        books.refused += bad+more
+        log.refused += bad+more
     labels = pd.concat(out or [pd.DataFrame(columns=['line', 'id', 'prdtypecode'], dtype='int64')], ignore_index=True)
     unknown = labels[~labels.prdtypecode.isin(list(names))] if names else labels[:0]
-    books.refused += [dict(file=delivery.y.name, line=r.line, id=r.id, reason='unknown_code', detail=str(r.prdtypecode)) for r in unknown.itertuples()]
+    log.refused += [dict(file=delivery.y.name, line=r.line, id=r.id, reason='unknown_code', detail=str(r.prdtypecode))
+                    for r in unknown.itertuples()]
     return labels.drop(unknown.index).set_index('id')
 
 # %% ../../nbs/lib/data/08_parsing.ipynb #e0beea1b
 def read_listings_of(
     delivery:Delivery,
     labels:pd.DataFrame, # From `read_labels`
-    books:IngestionLog,
+    log:IngestionLog,
 )->Iterator[pd.DataFrame]: # Accepted listings: X columns, code, line, path
-    "The listings of a delivery that have a valid record and a label; others go to the books."
+    "The listings of a delivery that have a valid record and a label; others go to the log."
+    assert delivery.x and delivery.y
     file,rules = delivery.x.name, listing_schema()
     for c,reason in (('id', 'repeated_id'), ('productid', 'repeated_product')):
         rules = rules.update_column(c, checks=[*rules.columns[c].checks, once(set(), reason)])
     seen = np.zeros(len(labels), dtype=bool)
     for df,bad in read_chunks(delivery.x, X_COLUMNS):
-        books.read[file] += len(df)+len(bad)
+        log.read[file] += len(df)+len(bad)
         good,more = validate(df, rules, file)
-        good = good.astype({c: 'int64' for c in ('id', 'productid', 'imageid')})
+        good = good.astype(dict.fromkeys(('id', 'productid', 'imageid'), 'int64'))
         at = labels.index.get_indexer(good.id)
         none = good[at < 0]
-        books.refused += bad+more+[dict(file=file, line=r.line, id=r.id, productid=r.productid, reason='no_label') for r in none.itertuples()]
+        log.refused += bad+more+[dict(file=file, line=r.line, id=r.id, productid=r.productid, reason='no_label')
+                                 for r in none.itertuples()]
         good,at = good[at >= 0], at[at >= 0]
         seen[at] = True
-        paths = [str(delivery.images_dir/image_name(i, p)) for i,p in zip(good.imageid, good.productid)]
+        paths = [str(delivery.images_dir/image_name(r.imageid, r.productid)) for r in good.itertuples()]
         yield good.assign(code=labels.prdtypecode.to_numpy()[at], path=paths).reset_index(drop=True)
     left = labels[~seen]
-    books.refused += [dict(file=delivery.y.name, line=r.line, id=r.Index, reason='no_listing') for r in left.itertuples()]
+    log.refused += [dict(file=delivery.y.name, line=r.line, id=r.Index, reason='no_listing') for r in left.itertuples()]
 
 # %% ../../nbs/lib/data/08_parsing.ipynb #58b686ca
 def row_digest(r)->int: # 64 bits, signed
@@ -139,23 +149,25 @@ def row_digest(r)->int: # 64 bits, signed
     h = hashlib.blake2b(json.dumps([r.designation, r.description, r.imageid, r.code, r.image]).encode(), digest_size=8)
     return int.from_bytes(h.digest(), signed=True)
 
-def with_facts(
+def with_features(
     pieces:Iterator[pd.DataFrame], # From `read_listings_of`
     checker:Checker,
-    books:IngestionLog,
+    log:IngestionLog,
     file:str, # Name of the listings file
     ahead:int = 3, # Pieces given to the workers in advance
 )->Iterator[pd.DataFrame]:
-    "Pieces with all facts and a digest, without listings whose picture is missing or damaged."
-    queue,rules = deque(), image_schema()
+    "Pieces with all features and a digest, without listings whose image is missing or damaged."
+    queue:deque[tuple] = deque()
+    rules = image_schema()
     def finish():
-        df,facts = queue.popleft()
-        df = df.drop(columns='path').join(pd.DataFrame(facts()))
+        df,features = queue.popleft()
+        df = df.drop(columns='path').join(pd.DataFrame(features()))
         good,bad = validate(df, rules, file)
         for b in bad: b['detail'] = df.image_error[df.line == b['line']].iloc[0]
-        books.refused += bad
+        log.refused += bad
         return good.assign(digest=[row_digest(r) for r in good.itertuples()])
     for df in pieces:
-        if len(df): queue.append((df, start_check(checker, list(zip(df.designation, df.description)), df.path.tolist())))
+        texts = list(zip(df.designation, df.description, strict=True))
+        if texts: queue.append((df, start_check(checker, texts, df.path.tolist())))
         if len(queue) > ahead: yield finish()
     while queue: yield finish()

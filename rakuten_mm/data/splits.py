@@ -47,12 +47,12 @@ def group_position(
 DECISIONS = ['', 'excluded', 'test', 'train', 'val']
 
 def settle_groups(
-    df:pd.DataFrame, # productid, component (from `duplicate_groups`), grouped (old split or empty), group (old group or 0), changed (old product, new content)
+    df:pd.DataFrame, # productid, component, grouped (old or empty), group (old or 0), changed (old, other content)
 )->pd.DataFrame: # The same rows: group (a product id), grouped (decided, or empty for new groups)
-    "Attach new listings to old groups; leave out those that would join old groups of different splits."
+    "Attach new listings to the old groups of `duplicate_groups`; leave out those that would join groups of two splits."
     out,old = df[['productid', 'component', 'group', 'grouped']].copy(), df.grouped != ''
     firm = old & ~df.changed
-    anchor = firm | (old & ~df.component.isin(df.component[firm]))        # without an unchanged old product, changed ones decide
+    anchor = firm | (old & ~df.component.isin(df.component[firm]))   # without an unchanged old one, changed ones decide
     number = out.grouped.map(DECISIONS.index)
     splits = number[anchor].groupby(out.component).agg(['min', 'max'])
     bridge = out.component.isin(splits.index[splits['min'] != splits['max']])
@@ -71,11 +71,13 @@ FEEDBACK_ID_BASE = 10**17 # Product ids from here on are ours: listings that wer
 def table_of_groups(
     df:pd.DataFrame, # Columns productid, group, prdtypecode, grouped (decided split, or empty)
 )->pd.DataFrame: # By group: size, code, grouped, served
-    "Size, most frequent class and split of every group, and whether it is only there to be learnt from."
-    counts = df.groupby(['group', 'prdtypecode']).size().rename('n').reset_index().sort_values(['group', 'n', 'prdtypecode'], ascending=[True, False, True])
+    "Size, most frequent class and split of every group; `served` ones are only there to be learnt from."
+    counts = df.groupby(['group', 'prdtypecode']).size().rename('n').reset_index()
+    counts = counts.sort_values(['group', 'n', 'prdtypecode'], ascending=[True, False, True])
     decided = df.grouped.map(DECISIONS.index).groupby(df.group).max().map(DECISIONS.__getitem__)
     g = counts.groupby('group').agg(size=('n', 'sum'), code=('prdtypecode', 'first')).assign(grouped=decided)
-    g['served'] = (g.index >= FEEDBACK_ID_BASE) & (pd.Series(g.index < FEEDBACK_ID_BASE, g.index).groupby(g.code).transform('sum') >= 3)
+    delivered = pd.Series(g.index < FEEDBACK_ID_BASE, g.index)
+    g['served'] = ~delivered & (delivered.groupby(g.code).transform('sum') >= 3)
     return g
 
 # %% ../../nbs/lib/data/05_splits.ipynb #ac2d1835
@@ -88,7 +90,8 @@ def grouped_split(
     "Stratified split in which no group crosses and nothing decided moves; independent of the order of rows."
     if not 0 < test+val < 1: raise ValueError(f'test + val must be in (0, 1), not {test+val}')
     g = table_of_groups(df)
-    total,n_groups = g['size'].mask(g.served, 0).groupby(g.code).transform('sum'), g.groupby('code')['size'].transform('size')
+    total = g['size'].mask(g.served, 0).groupby(g.code).transform('sum')
+    few = g.groupby('code')['size'].transform('size') < 3
     have = {s: (g['size']*(g.grouped == s)).groupby(g.code).transform('sum') for s in ('test', 'val')}
     g['big'] = (g['size'] > 1) & (g['size'] > min(test, val)*total)
     new = g[g.grouped == '']
@@ -99,7 +102,8 @@ def grouped_split(
     first = {s: (have[s].reindex(new.index) == 0)*1 for s in have}        # every measurable class has a group in both
     in_test = (before < lack['test']-1e-9) | (rank < first['test'])
     in_val = (before < lack['test']+lack['val']-1e-9) | (rank < first['test']+first['val'])
-    new['split'] = np.select([(n_groups.reindex(new.index) < 3) | new.big | new.served, in_test, in_val], ['train', 'test', 'val'], 'train')
+    stays = few.reindex(new.index) | new.big | new.served
+    new['split'] = np.select([stays, in_test, in_val], ['train', 'test', 'val'], 'train')
     return df.grouped.mask(df.grouped == '', df.group.map(new['split']))
 
 # %% ../../nbs/lib/data/05_splits.ipynb #f1d2d1eb
@@ -112,5 +116,6 @@ def check_no_leak(
     bad = crossing.index[crossing > 1]
     if len(bad): raise AssertionError(f'{len(bad)} duplicate groups cross splits, the first is {bad[0]}')
     # a component that an excluded listing held together may have old groups on both sides; any other may not
-    whole = used[~used.component.isin(df.component[df.grouped == 'excluded'])]
-    if (whole.grouped.map(DECISIONS.index).groupby(whole.component).nunique() > 1).any(): raise AssertionError('near copies cross splits')
+    intact = used[~used.component.isin(df.component[df.grouped == 'excluded'])]
+    if (intact.grouped.map(DECISIONS.index).groupby(intact.component).nunique() > 1).any():
+        raise AssertionError('near copies cross splits')

@@ -57,7 +57,7 @@ def text_features(
     designation:str, # As the seller wrote it
     description:str, # Empty when missing
 )->dict: # title, text, language, description_missing, description_repeats_title
-    "Clean title and description, and what is known about them."
+    "Clean title and description, their language, and marks of shortcuts."
     title,text = clean_text(designation), clean_text(description)
     return dict(title=title, text=text, language=language_of(f'{title} {text}'), description_missing=text == '',
                 description_repeats_title=text != '' and text.casefold() == title.casefold())
