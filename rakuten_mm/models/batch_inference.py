@@ -43,8 +43,8 @@ def output_row(
 )->dict:
     "One line of the predictions file; only the id where there was nothing to read."
     if problem == 'empty': return dict(id=id)
-    codes = [t['prdtypecode'] for t in answer.top_k]+[None, None]
-    return dict(zip(COLUMNS, (id, codes[0], round(answer.probability, 6), codes[1], codes[2], answer.lane)))
+    best = [t['prdtypecode'] for t in answer.top_k]+[None, None]
+    return dict(zip(COLUMNS, (id, best[0], round(answer.probability, 6), *best[1:3], answer.lane), strict=True))
 
 # %% ../../nbs/lib/models/14_batch_inference.ipynb #16195afc
 def write_predictions(
@@ -52,14 +52,14 @@ def write_predictions(
     out:Path,
 ):
     "Write the predictions file, atomically; whole numbers stay whole beside empty cells."
-    table = pd.DataFrame(lines, columns=COLUMNS).astype({c: 'Int64' for c in ('prdtypecode', 'top_2', 'top_3')})
+    table = pd.DataFrame(lines, columns=COLUMNS).astype(dict.fromkeys(('prdtypecode', 'top_2', 'top_3'), 'Int64'))
     write_csv(table, out)
 
 # %% ../../nbs/lib/models/14_batch_inference.ipynb #bf1047ee
 def predict_file(
     bundle:str|Path, # Folder
     products:Path, # CSV in the format of X_test_update.csv
-    images:Path, # Folder of its pictures
+    images:Path, # Folder of its images
     out:Path, # CSV to write: id, prdtypecode, probability, top_2, top_3, lane
     batch_size:int = 64,
     progress:bool = True,
@@ -72,7 +72,7 @@ def predict_file(
     prepare = lambda b: [prepare_row(model, r, Path(images)) for r in b]
     with tqdm(total=len(rows), desc='predict', unit='product', disable=not progress) as bar:
         for b,ready in ahead(prepare, batches):
-            for r,a,(_,problem) in zip(b, model.predict([p for p,_ in ready], 3), ready):
+            for r,a,(_,problem) in zip(b, model.predict([p for p,_ in ready], 3), ready, strict=True):
                 if problem: count[problem] += 1
                 lines.append(output_row(r.id, a, problem))
             bar.update(len(b))

@@ -9,6 +9,7 @@ __all__ = ['EmbeddingStore', 'ahead', 'fast_dtype', 'encode_pixels', 'load_squar
 import hashlib, warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 import numpy as np, pyarrow as pa, torch
 from fastcore.basics import patch
@@ -36,7 +37,8 @@ def open(self:EmbeddingStore,
 ):
     "Map a file, and learn its keys."
     try: t = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
-    except (pa.ArrowInvalid, OSError) as e: warnings.warn(f'{path} is damaged ({e}); its vectors are computed again'); return
+    except (pa.ArrowInvalid, OSError) as e:
+        warnings.warn(f'{path} is damaged ({e}); its vectors are computed again', stacklevel=2); return
     vectors = t['vector'].chunk(0)
     self.parts.append(vectors.flatten().to_numpy().reshape(len(t), vectors.type.list_size))
     for i,key in enumerate(t['key'].to_pylist()): self.rows.setdefault(key, (len(self.parts)-1, i))
@@ -99,7 +101,7 @@ def fill(self:EmbeddingStore,
     with tqdm(total=len(new), desc='embed', unit=what, disable=not progress or not new) as bar:
         for b,x in ahead(load, batches):
             lost += [k for k in b if k not in x]
-            if x: kept.update(zip(x, encode(np.stack(list(x.values())))))
+            if x: kept.update(zip(x, encode(np.stack(list(x.values()))), strict=True))
             if len(kept) >= save_every: save()
             bar.update(len(b))
     save()
@@ -115,7 +117,7 @@ def encode_pixels(
     encoder, # `ImageEncoder`
     pixels:np.ndarray, # (B, H, W, 3) uint8
 )->np.ndarray: # (B, D) float32
-    "Features of a batch of pictures from a frozen encoder."
+    "Features of a batch of images from a frozen encoder."
     dtype,device = fast_dtype(), encoder.mean.device
     with torch.autocast('cpu', dtype=dtype, enabled=dtype != torch.float32 and device.type == 'cpu'):
         return encoder(torch.from_numpy(pixels).to(device)).float().cpu().numpy()
@@ -126,24 +128,25 @@ def load_squares(
     images_dir:str|Path, # The dataset's image store
     size:int, # Side in pixels
 )->dict[str, np.ndarray]: # (size, size, 3) uint8 by name
-    "The pictures that can be read."
+    "The images that can be read."
     out = {}
     for n in names:
-        try: out[n] = load_square(Path(images_dir, n), size)
-        except (InvalidImage, OSError): pass
+        with suppress(InvalidImage, OSError): out[n] = load_square(Path(images_dir, n), size)
     return out
 
 @patch
 def fill_images(self:EmbeddingStore,
-    names:list[str], # Pictures, as the dataset names them
+    names:list[str], # Images, as the dataset names them
     images_dir:str|Path, # The dataset's image store
     size:int, # Side in pixels
     encode:Callable[[np.ndarray], np.ndarray], # (B, size, size, 3) uint8 pixels to (B, D) vectors
     progress:bool = True,
 )->EmbeddingStore:
-    "Encode and keep pictures that are not known yet."
-    lost = self.fill([n for n in names if n], lambda b: load_squares(b, images_dir, size), encode, 'img', progress=progress)
-    if lost: warnings.warn(f'{len(lost)} pictures in {images_dir} cannot be read any more, the first is {lost[0]}; their listings count as without a picture')
+    "Encode and keep images that are not known yet."
+    load = lambda names: load_squares(names, images_dir, size)
+    lost = self.fill([n for n in names if n], load, encode, 'img', progress=progress)
+    if lost: warnings.warn(f'{len(lost)} images in {images_dir} cannot be read any more, the first is {lost[0]}; '
+                           'their listings count as without an image', stacklevel=2)
     return self
 
 # %% ../../nbs/lib/models/04_embeddings.ipynb #4ed96863
@@ -162,8 +165,8 @@ def fill_texts(self:EmbeddingStore,
     progress:bool = True,
 )->list[str]: # Keys, in the order of the texts
     "Encode and keep texts that are not known yet. Long ones come together: transformers pad a batch to its longest."
-    keys = [text_id(*t) for t in zip(titles, descriptions)]
-    text = dict(zip(keys, zip(titles, descriptions)))
-    order = sorted(text, key=lambda k: sum(map(len, text[k])))
-    self.fill(order, lambda b: {k: np.array(text[k], object) for k in b}, lambda x: encode(*x.T.tolist()), 'text', 256, progress=progress)
+    keys = [text_id(*t) for t in zip(titles, descriptions, strict=True)]
+    text = dict(zip(keys, zip(titles, descriptions, strict=True), strict=True))
+    order,load = sorted(text, key=lambda k: sum(map(len, text[k]))), lambda b: {k: np.array(text[k], object) for k in b}
+    self.fill(order, load, lambda x: encode(*x.T.tolist()), 'text', 256, progress=progress)
     return keys

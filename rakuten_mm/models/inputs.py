@@ -36,7 +36,8 @@ class TextReader:
         if net.text is not None and not moving:
             self.store = EmbeddingStore(store_dir, encoder_fingerprint(net.text, net.cfg.encoders))
             self.keys = self.store.fill_texts(titles, descriptions, net.text.encode, progress)
-        self.dense = np.concatenate([project_ngrams(net, self.ngrams[i:i+4096]) for i in range(0, len(titles), 4096)]) if net.ngrams else None
+        steps = range(0, len(titles), 4096) if net.ngrams else []
+        self.dense = np.concatenate([project_ngrams(net, ngrams[i:i+4096]) for i in steps]) if steps else None
 
     def vectors(self, idx:np.ndarray)->np.ndarray: # (B, Dt)
         "Vectors of frozen encoders, side by side."
@@ -65,17 +66,24 @@ class ProductDataset(torch.utils.data.Dataset):
         encode:PixelEncoder|None = None, # Runtime of the image encoder; PyTorch if left out
         progress:bool = True,
     ):
-        self.net,self.images_dir,self.names,titles,texts = net, Path(images_dir), *(rows[c].tolist() for c in ('image', 'title', 'text'))
+        self.net,self.images_dir = net,Path(images_dir)
+        self.names,titles,texts = (rows[c].tolist() for c in ('image', 'title', 'text'))
         self.has_description = np.array([d != '' for d in texts], bool)
-        self.has_text = (self.has_description | np.array([t != '' for t in titles], bool)) & ('text' in net.cfg.modalities)
+        has_text = self.has_description | np.array([t != '' for t in titles], bool)
+        self.has_text = has_text & ('text' in net.cfg.modalities)
         self.has_image = np.array([n != '' for n in self.names], bool) & bool(net.image)
         weights = net.ngrams.matrices(titles, texts) if net.ngrams and self.has_text.any() else (None, None)
         self.full = TextReader(net, titles, texts, weights[0], store_dir, progress) if self.has_text.any() else None
-        self.short = TextReader(net, titles, ['']*len(titles), weights[1], store_dir, progress) if self.full and self.has_description.any() else self.full
-        self.linear = [net.linear.score(r.ngrams) for r in (self.full, self.short)] if self.full and net.linear else [None]*2
-        self.images = self.open_images(encode, store_dir, progress) if net.image and not net.cfg.encoders.train_image else None
+        self.short = self.full
+        if self.full and self.has_description.any():
+            self.short = TextReader(net, titles, ['']*len(titles), weights[1], store_dir, progress)
+        scored = self.full and net.linear
+        self.linear = [net.linear.score(r.ngrams) if scored else None for r in (self.full, self.short)]
+        frozen = net.image and not net.cfg.encoders.train_image
+        self.images = self.open_images(encode, store_dir, progress) if frozen else None
         index = {c: i for i,c in enumerate(codes)}
-        self.targets = np.array([index.get(c, -1) for c in rows.prdtypecode]) if 'prdtypecode' in rows else np.full(len(rows), -1)
+        known = rows.prdtypecode if 'prdtypecode' in rows else [-1]*len(rows)
+        self.targets = np.array([index.get(c, -1) for c in known], int)
         self.fold,self.state,self.hide_description,self.scaled = np.full(len(rows), -1), None, 0., {}
 
     def __len__(self): return len(self.targets)
@@ -86,16 +94,17 @@ def open_images(self:ProductDataset,
     encode:PixelEncoder|None,
     store_dir, progress:bool,
 )->EmbeddingStore:
-    "The store of image vectors, filled; a picture that cannot be had counts as missing from here on."
+    "The store of image vectors, filled; an image that cannot be had counts as missing from here on."
     net,size = self.net, self.net.cfg.encoders.image_size
-    store = EmbeddingStore(store_dir, encoder_fingerprint(net.image, net.image.dim, size, encode.name if encode else str(fast_dtype())))
+    name = encode.name if encode else str(fast_dtype())
+    store = EmbeddingStore(store_dir, encoder_fingerprint(net.image, net.image.dim, size, name))
     store.fill_images(self.names, self.images_dir, size, encode or (lambda x: encode_pixels(net.image, x)), progress)
     self.has_image &= np.array([n in store.rows for n in self.names], bool)
     return store
 
 @patch
 def pixels(self:ProductDataset, idx)->np.ndarray: # (B, S, S, 3) uint8
-    "Pictures of some listings, white where there is none."
+    "Images of some listings, white where there is none."
     size = self.net.cfg.encoders.image_size
     out = np.full((len(idx), size, size, 3), 255, np.uint8)
     for j,i in enumerate(idx):
@@ -103,7 +112,8 @@ def pixels(self:ProductDataset, idx)->np.ndarray: # (B, S, S, 3) uint8
         try: out[j] = load_square(self.images_dir/self.names[i], size)
         except (InvalidImage, OSError) as e:
             self.has_image[i] = False
-            warnings.warn(f'{self.images_dir/self.names[i]} cannot be read any more ({e}); its listing counts as without a picture')
+            warnings.warn(f'{self.images_dir/self.names[i]} cannot be read any more ({e}); '
+                          'its listing counts as without an image', stacklevel=2)
     return out
 
 # %% ../../nbs/lib/models/09_inputs.ipynb #71aa03c4
@@ -112,15 +122,18 @@ def check_finite(
     part:str, # `text` or `image`
 ):
     "Raises `FloatingPointError` if a number is none."
-    if not np.isfinite(vectors).all(): raise FloatingPointError(f'stored vectors of the {part} are no numbers; delete the embeddings folder and train again')
+    if not np.isfinite(vectors).all():
+        raise FloatingPointError(f'stored vectors of the {part} are no numbers; '
+                                 'delete the embeddings folder and train again')
 
 # %% ../../nbs/lib/models/09_inputs.ipynb #c86f1e55
 @patch
 def scale_once(self:ProductDataset):
-    "Keep the frozen vectors as `net.scale` leaves them; raises `FloatingPointError` if a stored one is no number."
+    "Standardise the frozen vectors, once for all epochs; raises `FloatingPointError` if one is no number."
     readers = [self.full, self.short] if self.full and not self.full.tokens else []
     self.scaled = {'text': [self.on_scale('text', r.vectors) for r in dict.fromkeys(readers)]} if readers else {}
-    if self.images: self.scaled['image'] = self.on_scale('image', lambda idx: self.images.take([self.names[i] for i in idx]))
+    if self.images:
+        self.scaled['image'] = self.on_scale('image', lambda idx: self.images.take([self.names[i] for i in idx]))
 
 @patch
 @torch.inference_mode()
@@ -128,7 +141,7 @@ def on_scale(self:ProductDataset,
     part:str, # `text` or `image`
     read, # From positions (B,) to vectors (B, D)
 )->np.ndarray: # (N, C) float32
-    "All vectors of a part, on its scale."
+    "All vectors of a part, standardised."
     out = []
     for rows in np.array_split(np.arange(len(self)), -(-len(self)//4096)):
         v = read(rows)
@@ -141,7 +154,7 @@ def on_scale(self:ProductDataset,
 def __getitem__(self:ProductDataset,
     idx:list[int] # Positions of a batch
 )->dict[str, torch.Tensor]:
-    "A batch: `text`, `image` (or `tokens`, `pixels`, `scaled_text`, `scaled_image`), `linear`, `has_text`, `has_image`, `has_description`, `target`, `fold`."
+    "A batch for `MultimodalNet`, with `linear`, `target` and `fold`; `scaled_` parts once `scale_once` has run."
     idx,net,s = np.asarray(idx), self.net, self.scaled
     cut = torch.rand(len(idx)).numpy() < self.hide_description
     if self.state == 'title+image': cut[:] = True
@@ -153,16 +166,19 @@ def __getitem__(self:ProductDataset,
         else: b['text'] = pick(lambda: self.full.vectors(idx), lambda: self.short.vectors(idx))
         if net.linear: b['linear'] = pick(lambda: self.linear[0][idx], lambda: self.linear[1][idx])
     elif 'text' in net.cfg.modalities: b |= blank(net, len(idx))
-    seen = dict(has_text=self.has_text[idx] & (self.state != 'image'), has_image=self.has_image[idx] & (self.state != 'text'),
+    seen = dict(has_text=self.has_text[idx] & (self.state != 'image'),
+                has_image=self.has_image[idx] & (self.state != 'text'),
                 has_description=self.has_description[idx] & ~cut, target=self.targets[idx], fold=self.fold[idx])
     b = {k: torch.from_numpy(np.ascontiguousarray(v)) for k,v in (b | seen).items()}
-    if self.full and self.full.tokens: b['tokens'] = net.text.collate([(self.short if c else self.full).tokens[i] for i,c in zip(idx, cut)])
+    if self.full and self.full.tokens:
+        reader = lambda short: self.short if short else self.full
+        b['tokens'] = net.text.collate([reader(c).tokens[i] for i,c in zip(idx, cut, strict=True)])
     return b
 
 # %% ../../nbs/lib/models/09_inputs.ipynb #77b0e4aa
 @patch
 def read_images(self:ProductDataset, idx:np.ndarray)->dict[str, np.ndarray]:
-    "Pixels, vectors or scaled vectors of pictures, by their name in the batch; nothing for a model without."
+    "Pixels, vectors or scaled vectors of images, by their name in the batch; nothing for a model without."
     if 'image' in self.scaled: return dict(scaled_image=self.scaled['image'][idx])
     if not self.net.image: return {}
     return dict(image=self.images.take([self.names[i] for i in idx])) if self.images else dict(pixels=self.pixels(idx))
@@ -172,7 +188,7 @@ def blank(
     net:MultimodalNet,
     n:int, # Listings
 )->dict[str, np.ndarray]:
-    "What the network is given as the text of listings that have none."
+    "The text inputs of listings that have none."
     dense = (net.ngrams.dim if net.ngrams else 0)+(net.text.dim if net.text is not None else 0)
     out = dict(text=np.zeros((n, dense), np.float32))
     if net.linear: out['linear'] = np.zeros((n, net.n_classes), np.float32)

@@ -18,8 +18,9 @@ from ..core.config import EncoderConfig
 
 # %% ../../nbs/lib/models/01_ngrams.ipynb #c360b048
 N_HASH = 2**20
-_kinds = [HashingVectorizer(analyzer=a, ngram_range=r, token_pattern=r'(?u)\b\w+\b', n_features=N_HASH, alternate_sign=False,
-                            norm=None, strip_accents='unicode', dtype=np.float32) for a,r in [('word', (1,2)), ('char_wb', (3,5))]]
+_kinds = [HashingVectorizer(analyzer=a, ngram_range=r, token_pattern=r'(?u)\b\w+\b', n_features=N_HASH,
+                            alternate_sign=False, norm=None, strip_accents='unicode', dtype=np.float32)
+          for a,r in [('word', (1,2)), ('char_wb', (3,5))]]
 
 def hash_blocks(
     titles:list[str],
@@ -28,8 +29,8 @@ def hash_blocks(
     "Hashed words and character n-grams of titles, then of descriptions."
     return [k.transform(field) for field in (titles, descriptions) for k in _kinds]
 
-def read_blocks(titles:list[str], descriptions:list[str], cfg:EncoderConfig)->list[sparse.csr_matrix]: # Four (N, N_HASH) count matrices
-    "`hash_blocks` of as much of each text as is read."
+def read_blocks(titles:list[str], descriptions:list[str], cfg:EncoderConfig)->list[sparse.csr_matrix]:
+    "`hash_blocks` of as much of each text as is read, four (N, N_HASH)."
     return hash_blocks([t[:cfg.max_title_chars] for t in titles], [d[:cfg.max_description_chars] for d in descriptions])
 
 # %% ../../nbs/lib/models/01_ngrams.ipynb #d99cbbd1
@@ -77,7 +78,8 @@ def matrices(self:NgramEncoder,
 )->tuple[sparse.csr_matrix, sparse.csr_matrix]: # (N, V) float32 each
     "TF-IDF weights of listings, and of their titles alone; titles are read once."
     n,blocks = len(titles), read_blocks(titles, descriptions, self.cfg)
-    return self.weigh(blocks), self.weigh(blocks[:len(_kinds)]+[sparse.csr_matrix((n, N_HASH), dtype=np.float32)]*len(_kinds))
+    empty = sparse.csr_matrix((n, N_HASH), dtype=np.float32)
+    return self.weigh(blocks), self.weigh(blocks[:len(_kinds)]+[empty]*len(_kinds))
 
 # %% ../../nbs/lib/models/01_ngrams.ipynb #d4c88f46
 @patch(cls_method=True)
@@ -99,7 +101,8 @@ def fit(cls:NgramEncoder,
     some = np.random.default_rng(0).permutation(len(titles))[:max_rows]
     x = enc.weigh([b[some] for b in blocks])
     svd = TruncatedSVD(min(cfg.ngram_dim, *(n-1 for n in x.shape)), n_iter=2, random_state=0).fit(x)
-    enc.table.weight.data.zero_()[:, :len(svd.components_)] = torch.from_numpy(svd.components_.T.astype(np.float16).astype(np.float32))
+    components = svd.components_.astype(np.float16).astype(np.float32)
+    enc.table.weight.data.zero_()[:, :len(components)] = torch.from_numpy(components.T)
     return enc
 
 # %% ../../nbs/lib/models/01_ngrams.ipynb #02da679e
@@ -110,7 +113,8 @@ def tokenize(self:NgramEncoder,
 )->dict[str, Tensor]: # `ids` (T,), `offsets` (B+1,), `weights` (T,)
     "N-grams of listings that are in the vocabulary, as one batch."
     m = self.matrix(titles, descriptions)
-    return dict(ids=torch.from_numpy(m.indices.astype(np.int64)), offsets=torch.from_numpy(m.indptr.astype(np.int64)), weights=torch.from_numpy(m.data))
+    ids,offsets = (torch.from_numpy(a.astype(np.int64)) for a in (m.indices, m.indptr))
+    return dict(ids=ids, offsets=offsets, weights=torch.from_numpy(m.data))
 
 @patch
 def forward(self:NgramEncoder,
@@ -135,8 +139,9 @@ def extended(self:NgramEncoder,
     if not len(new): return self
     order = np.argsort(np.concatenate([known, new]))
     out = NgramEncoder(len(order), self.dim, c)
-    idf = np.concatenate([self.idf.numpy(), np.full(len(new), self.idf.max())])  # as rare as the rarest: their listings are few beside all others
-    out.buckets.copy_(torch.from_numpy(np.concatenate([known, new])[order])); out.idf.copy_(torch.from_numpy(idf[order]))
+    idf = np.concatenate([self.idf.numpy(), np.full(len(new), self.idf.max())])  # as rare as the rarest
+    out.buckets.copy_(torch.from_numpy(np.concatenate([known, new])[order]))
+    out.idf.copy_(torch.from_numpy(idf[order]))
     out.table.weight.data.copy_(torch.cat([self.table.weight.data, torch.zeros(len(new), self.dim)])[order])
     return out.requires_grad_(False)
 
@@ -166,7 +171,7 @@ def fit_svm(
     out = np.zeros((x.shape[1]+1, n_classes), np.float32)
     out[-1] = -1
     if len(np.unique(y)) < 2: return out
-    m = LinearSVC(random_state=seed, tol=.1).fit(x, y)  # LIBLINEAR's own tolerance; scikit-learn's takes twice as long and answers alike
+    m = LinearSVC(random_state=seed, tol=.1).fit(x, y)  # LIBLINEAR's own tolerance: twice as fast as scikit-learn's
     both = len(m.classes_) == 2
     out[:-1, m.classes_] = np.concatenate([-m.coef_, m.coef_]).T if both else m.coef_.T
     out[-1, m.classes_] = np.concatenate([-m.intercept_, m.intercept_]) if both else m.intercept_
@@ -177,7 +182,7 @@ def fit_svm(
 def cross_fit(cls:LinearExpert,
     x:sparse.csr_matrix, # (N, V) TF-IDF weights of the training listings
     y:np.ndarray, # (N,) class indices
-    fold:np.ndarray, # (N,) 0…F-1; all 0 fits one machine on everything
+    fold:np.ndarray, # (N,) 0…F-1; all 0 fits one model on everything
     n_classes:int,
     also:tuple = (), # More (N, V) views of the same listings to score, e.g. without descriptions
 )->tuple[LinearExpert, list[np.ndarray]]: # The expert, and out-of-fold logits (N, K) of `x` and of each of `also`
@@ -187,7 +192,7 @@ def cross_fit(cls:LinearExpert,
     rows = [np.flatnonzero((fold != f) | (n == 1)) for f in range(n)]
     tables = [fit_svm(x[r], y[r], n_classes) for r in rows]
     oof = [np.zeros((len(y), n_classes), np.float32) for _ in (x, *also)]
-    for o,v in zip(oof, (x, *also)):
+    for o,v in zip(oof, (x, *also), strict=True):
         for f,t in enumerate(tables): o[fold == f] = v[fold == f]@t[:-1]+t[-1]
     expert,mean = cls(x.shape[1], n_classes), torch.from_numpy(np.mean(tables, axis=0))
     expert.table.weight.data.copy_(mean[:-1].half()); expert.bias.data.copy_(mean[-1])

@@ -27,27 +27,30 @@ class TensorInputs(nn.Module):
 # %% ../../nbs/lib/models/02_onnx_export.ipynb #64bafd09
 def traced(
     encoder:ImageEncoder|HFEncoder, # In evaluation mode; a copy, since its attention is changed
-    size:int|None, # Side of the pictures in pixels
+    size:int|None, # Side of the images in pixels
 )->tuple[nn.Module, dict[str, Tensor], dict]: # Module, example and open dimensions by input
-    "What `export_onnx` exports; raises `ValueError` if it cannot."
+    "The input of the exporter; raises `ValueError` if there can be no graph."
     batch,length = torch.export.Dim('batch'), torch.export.Dim('length')
     if isinstance(encoder, ImageEncoder):
-        if not size: raise ValueError('an image encoder is exported for one size; give the side of its pictures in pixels')
+        if not size: raise ValueError('an image encoder is exported for one size; give the side of its images')
         return encoder, dict(pixels=torch.zeros(2, size, size, 3, dtype=torch.uint8)), dict(pixels={0: batch})
-    if not isinstance(encoder, HFEncoder): raise ValueError(f'{type(encoder).__name__} is no network; only ImageEncoder and HFEncoder can be exported')
+    if not isinstance(encoder, HFEncoder):
+        raise ValueError(f'{type(encoder).__name__} is no network; only ImageEncoder and HFEncoder can be exported')
     encoder.model.set_attn_implementation('eager')
     names = 'input_ids','attention_mask'
-    example = {k: torch.ones(2, 8, dtype=torch.int64) for k in names}  # of its own each: the exporter takes one tensor for one input
-    return TensorInputs(encoder).eval(), example, dict.fromkeys(names, {0: batch, 1: length})
+    example = {k: torch.ones(2, 8, dtype=torch.int64) for k in names}  # two tensors: one would be taken for one input
+    return TensorInputs(encoder).eval(), example, {k: {0: batch, 1: length} for k in names}
 
 # %% ../../nbs/lib/models/02_onnx_export.ipynb #72939bb6
 def export_onnx(
     encoder:ImageEncoder|HFEncoder,
-    size:int|None = None, # Side of the pictures in pixels, for an image encoder
+    size:int|None = None, # Side of the images in pixels, for an image encoder
 )->bytes: # A whole ONNX model, output `vectors`
     "The graph of an encoder; raises `ValueError` if it cannot be one."
     n = sum(t.numel()*t.element_size() for t in encoder.state_dict().values())
-    if n >= LARGEST: raise ValueError(f'{n/1e9:.1f} GB of weights do not fit into an ONNX file, which ends at 2 GB; run this encoder in PyTorch')
+    if n >= LARGEST:
+        raise ValueError(f'{n/1e9:.1f} GB of weights do not fit into an ONNX file, which ends at 2 GB; '
+                         'run this encoder in PyTorch')
     module,example,shapes = traced(copy.deepcopy(encoder).cpu().float().eval(), size)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # about names of dimensions, and deprecations inside the exporter
@@ -65,7 +68,7 @@ def length_buckets(
     if batch_size < 1: raise ValueError(f'batch_size is {batch_size}; a batch holds at least one text')
     lengths,out = np.asarray(lengths), []
     for i in np.argsort(lengths, kind='stable'):
-        full = not out or len(out[-1]) == batch_size or max_tokens and (len(out[-1])+1)*lengths[i] > max_tokens
+        full = not out or len(out[-1]) == batch_size or (max_tokens and (len(out[-1])+1)*lengths[i] > max_tokens)
         if full: out.append([])
         out[-1].append(i)
     return [np.array(b) for b in out]
@@ -76,28 +79,32 @@ def batches(
     items, # (N, S, S, 3) uint8 pixels, or token ids from `tokenize`
     batch_size:int,
 ): # Of indices, and of arrays by name
-    "What to run the encoder on."
+    "Batches of all items, ready for the encoder."
     if isinstance(encoder, ImageEncoder):
-        for i in range(0, len(items), batch_size): yield np.arange(i, min(i+batch_size, len(items))), dict(pixels=items[i:i+batch_size])
+        for i in range(0, len(items), batch_size):
+            yield np.arange(i, min(i+batch_size, len(items))), dict(pixels=items[i:i+batch_size])
         return
-    for at in length_buckets([len(t) for t in items], batch_size): yield at, {k: v.numpy() for k,v in encoder.collate([items[i] for i in at]).items()}
+    for at in length_buckets([len(t) for t in items], batch_size):
+        yield at, {k: v.numpy() for k,v in encoder.collate([items[i] for i in at]).items()}
 
 # %% ../../nbs/lib/models/02_onnx_export.ipynb #ba59abb5
 def int8_graph(
     graph:bytes, # From `export_onnx`
     encoder:ImageEncoder|HFEncoder, # Whose graph it is
-    samples, # Pictures or token ids to measure ranges on
+    samples, # Images or token ids to measure ranges on
 )->bytes:
     "The graph with integer arithmetic."
     import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization import (CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic,
+                                          quantize_static)
     model = onnx.load_from_string(graph)
-    model.metadata_props.add(key='onnx.quant.pre_process', value='onnxruntime.quant')  # the exporter has folded what can be folded
+    model.metadata_props.add(key='onnx.quant.pre_process', value='onnxruntime.quant')  # the exporter folded constants
     kind = dict(weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
     todo = iter([arrays for _,arrays in batches(encoder, samples, 8)])
     Reader = type('Reader', (CalibrationDataReader,), dict(get_next=lambda self: next(todo, None)))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/'int8.onnx'
         if isinstance(encoder, HFEncoder): quantize_dynamic(model, path, op_types_to_quantize=['MatMul'], **kind)
-        else: quantize_static(model, path, Reader(), quant_format=QuantFormat.QDQ, op_types_to_quantize=['Conv', 'Add', 'Clip'], **kind)
+        else: quantize_static(model, path, Reader(), quant_format=QuantFormat.QDQ,
+                              op_types_to_quantize=['Conv', 'Add', 'Clip'], **kind)
         return path.read_bytes()

@@ -28,8 +28,8 @@ class Prepared:
     title:str = ''
     text:str = '' # Description
     pixels:np.ndarray|None = None # (S, S, 3) uint8
-    vector:np.ndarray|None = None # (D,) what the image encoder made of the picture, if that is known
-    size:tuple[int, int]|None = None # Width and height of the picture as it came
+    vector:np.ndarray|None = None # (D,) vector of the image, if it is known already
+    size:tuple[int, int]|None = None # Width and height of the image as it came
 
 @dataclass
 class Prediction:
@@ -43,6 +43,8 @@ class Prediction:
     candidates:list[int]|None = None # Codes that a reviewer should choose from, best first, in the review lane
 
 # %% ../../nbs/lib/models/12_predictor.ipynb #baf897c9
+from typing import TYPE_CHECKING, Any
+
 class Predictor:
     "A bundle, ready to answer."
     def __init__(self,
@@ -57,22 +59,27 @@ class Predictor:
 
     @classmethod
     def load(cls,
-        bundle:str|Path # A sealed bundle
+        bundle:str|Path # Folder
     )->'Predictor':
         "The predictor of a bundle; raises `BundleError`."
         net,config = load_bundle(bundle)
         path,graphs = Path(bundle, 'triage.json'), {n: Path(bundle, f'{n}.onnx') for n in ('image', 'text')}
         model = cls(net, config, Triage.from_dict(json.loads(path.read_text())) if path.exists() else None)
-        if graphs['image'].exists(): model.encode = PixelEncoder(OnnxRuntime.from_bytes(graphs['image'].read_bytes()), config['info']['runtime']['image'])
+        if graphs['image'].exists():
+            run = OnnxRuntime.from_bytes(graphs['image'].read_bytes())
+            model.encode = PixelEncoder(run, config['info']['runtime']['image'])
         if graphs['text'].exists(): net.text.run = OnnxRuntime.from_bytes(graphs['text'].read_bytes())
         return model
+
+    if TYPE_CHECKING:  # the methods below are patched in, which type checkers do not see
+        def __getattr__(self, name:str)->Any: ...
 
 # %% ../../nbs/lib/models/12_predictor.ipynb #abf987b0
 @patch
 def prepare(self:Predictor,
     designation:str = '', # Raw title
     description:str = '', # Raw description
-    image:bytes|None = None, # Encoded picture
+    image:bytes|None = None, # Encoded image
 )->Prepared:
     "Clean and decode a listing; raises `InvalidImage`, or `ValueError` if nothing is left that this model reads."
     p = Prepared(clean_text(designation or ''), clean_text(description or ''))
@@ -99,7 +106,7 @@ def batch(self:Predictor,
     out |= self.read_texts([p.title for p in items], [p.text for p in items]) if out['has_text'].any() else {
         k: torch.from_numpy(v) for k,v in (blank(net, len(items)) if 'text' in self.modalities else {}).items()}
     out['has_description'] = torch.tensor([p.text != '' for p in items])
-    if net.image: out['image'] = torch.from_numpy(self.read_pictures(items))
+    if net.image: out['image'] = torch.from_numpy(self.read_images(items))
     return out
 
 @patch
@@ -107,9 +114,10 @@ def batch(self:Predictor,
 def probs_and_vectors(self:Predictor,
     batch:dict[str, torch.Tensor]
 )->tuple[np.ndarray, dict[str, np.ndarray]]: # (N, K) probabilities, and (N, C) scaled vectors by part
-    "What the network makes of a batch, and the vectors that it rests on."
+    "The answer to a batch, and the vectors that it rests on."
     v = self.net.vectors(batch)
-    return self.net.ensemble_logits(batch | {f'scaled_{m}': x for m,x in v.items()}).softmax(1).numpy(), {m: x.numpy() for m,x in v.items()}
+    probs = self.net.ensemble_logits(batch | {f'scaled_{m}': x for m,x in v.items()}).softmax(1)
+    return probs.numpy(), {m: x.numpy() for m,x in v.items()}
 
 # %% ../../nbs/lib/models/12_predictor.ipynb #0cf26406
 @patch
@@ -135,10 +143,10 @@ def read_texts(self:Predictor,
     return out | dict(text=torch.cat(parts, 1))
 
 @patch
-def read_pictures(self:Predictor,
+def read_images(self:Predictor,
     items:list[Prepared]
 )->np.ndarray: # (B, Di)
-    "Vectors of pictures, 0 where there is none."
+    "Vectors of images, 0 where there is none."
     v = np.zeros((len(items), self.net.image.dim), 'float32')
     new = [i for i,p in enumerate(items) if p.vector is None and p.pixels is not None]
     if new: v[new] = self.encode(np.stack([items[i].pixels for i in new]))
@@ -157,8 +165,9 @@ def rank(self:Predictor,
     out = []
     lanes = self.triage.lanes(probs) if self.triage else ['review']*len(items)
     sets = self.triage.sets(probs) if self.triage else [None]*len(items)
-    for p,row,lane,some in zip(items, probs, lanes, sets):
-        top = [dict(prdtypecode=self.codes[i], label=self.names[self.codes[i]], probability=float(row[i])) for i in np.argsort(-row, kind='stable')[:top_k]]
+    for p,row,lane,some in zip(items, probs, lanes, sets, strict=True):
+        best = ((self.codes[i], float(row[i])) for i in np.argsort(-row, kind='stable')[:top_k])
+        top = [dict(prdtypecode=c, label=self.names[c], probability=q) for c,q in best]
         short = [self.codes[i] for i in some] if lane == 'review' and some is not None else None
         out.append(Prediction(**top[0], top_k=top, modalities=self.seen(p), lane=str(lane), candidates=short))
     return out
@@ -203,14 +212,15 @@ def add_golden(
     bundle:str|Path,
     rows:pd.DataFrame, # Test rows: designation, description, image, prdtypecode
     images_dir:str|Path,
-)->list[dict]: # designation, description, image (base64 or None), target (its class), prdtypecode and probability (the answer)
-    "Ask the bundle about one listing per class, keep its answers in it, and seal it again."
+)->list[dict]: # As `read_golden` reads them
+    "Ask the bundle about one listing per class, and keep its answers in it, with a new manifest."
     model,golden = Predictor.load(bundle), []
     for r in rows.drop_duplicates('prdtypecode').sort_values('prdtypecode').itertuples():
         data = Path(images_dir, r.image).read_bytes() if r.image else None
         answer = model.predict([model.prepare(r.designation, r.description, data)])[0]
-        golden.append(dict(designation=r.designation, description=r.description, image=base64.b64encode(data).decode() if data else None,
-                           target=int(r.prdtypecode), prdtypecode=answer.prdtypecode, probability=answer.probability))
+        image = base64.b64encode(data).decode() if data else None
+        golden.append(dict(designation=r.designation, description=r.description, image=image, target=int(r.prdtypecode),
+                           prdtypecode=answer.prdtypecode, probability=answer.probability))
     Path(bundle, 'golden').mkdir(exist_ok=True)
     Path(bundle, 'golden', 'golden.json').write_text(json.dumps(golden, ensure_ascii=False), encoding='utf-8')
     write_manifest(bundle)
