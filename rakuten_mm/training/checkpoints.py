@@ -28,10 +28,11 @@ def code_version()->str:
 def run_key(
     cfg:TrainConfig,
     seed:int,
-    data_version:str # And whatever else decides what is learnt from
+    data_version:str # And whatever else decides the listings to learn from
 )->str:
     "Names a run by everything that decides its outcome."
-    return hashlib.sha256(json.dumps([asdict(cfg), seed, data_version, code_version()], sort_keys=True).encode()).hexdigest()[:16]
+    decides = json.dumps([asdict(cfg), seed, data_version, code_version()], sort_keys=True)
+    return hashlib.sha256(decides.encode()).hexdigest()[:16]
 
 # %% ../../nbs/lib/training/02_checkpoints.ipynb #3c3423e9
 def resume_from(
@@ -43,14 +44,15 @@ def resume_from(
     if not note.exists() or note.read_text() != key: shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True); note.write_text(key)
     for path in sorted(folder.glob('*.ckpt'), reverse=True):
-        try: torch.load(path, map_location='cpu', weights_only=True)
-        except Exception as e: warnings.warn(f'checkpoint {path.name} cannot be read ({type(e).__name__}); going back to the one before'); continue
-        return path
+        try: torch.load(path, map_location='cpu', weights_only=True); return path
+        except Exception as e: warnings.warn(f'checkpoint {path.name} cannot be read ({type(e).__name__}); '
+                                             'going back to the one before', stacklevel=2)
+    return None
 
 # %% ../../nbs/lib/training/02_checkpoints.ipynb #2c808e6e
 def earlier_epochs(
     log:Path, # History that the logger is about to replace
-    resumes:bool, # Whether a run goes on; otherwise what is there belongs to another
+    resumes:bool, # True if a run goes on; otherwise the history there belongs to another
 )->pd.DataFrame: # Rows of all earlier lives of this run
     "The history so far, kept beside `log` in case the run is killed again."
     kept = log.with_name('earlier.csv')
@@ -67,7 +69,7 @@ STALE_S = 30*86_400.
 @contextmanager
 def run_folder(
     out_dir:Path, # Of the run; receives `history/`
-    shared:str|Path, # Folder of rooms; empty keeps everything in `out_dir`
+    shared:str|Path, # Parent of run folders; empty keeps everything in `out_dir`
     key:str, # From `run_key`
 ):
     "Context with the folder that a run keeps its checkpoints and history in while it is at work."
@@ -85,11 +87,11 @@ def run_folder(
 
 # %% ../../nbs/lib/training/02_checkpoints.ipynb #4ac421c2
 def clear_stale(
-    shared:Path # Folder of rooms
+    shared:Path # Parent of run folders
 ):
-    "Delete rooms that were left long ago."
+    "Delete run folders that were left long ago."
     for folder in [p for p in shared.iterdir() if p.is_dir()]:
         try:
             if time.time()-max(p.stat().st_mtime for p in (folder, *folder.iterdir())) < STALE_S: continue
             with FileLock(folder.with_suffix('.lock'), timeout=0): shutil.rmtree(folder, ignore_errors=True)
-        except (Timeout, FileNotFoundError): pass  # somebody is in it, or has cleared it
+        except (Timeout, FileNotFoundError): pass  # a run works in it, or it is gone already

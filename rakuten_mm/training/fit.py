@@ -43,12 +43,12 @@ class Fitted:
     history:pd.DataFrame # One row an epoch
     val:dict[str, float] # Scores on the validation split
     triage:Triage # Lanes, set on the validation split
-    oof:pd.DataFrame # productid, fold, and out-of-fold probabilities of the training listings as `p_<code>`; empty with one member
+    oof:pd.DataFrame # Training listings: productid, fold, out-of-fold probabilities `p_<code>`; empty with one member
     seconds:float # Wall time, embedding included
 
 # %% ../../nbs/lib/training/03_fit.ipynb #67d387bf
 class LentRunLogger(MLFlowLogger):
-    "Logs to a run that belongs to somebody else, and does not end it."
+    "Logs to a run of the caller, and does not end it."
     def finalize(self, status:str = 'success'): pass
 
 class EpochBar(TQDMProgressBar):
@@ -69,7 +69,8 @@ class MovingAverage(EMAWeightAveraging):
         self._device = trainer.strategy.root_device  # the network itself gets there later
         super().setup(trainer, pl_module, stage)
 
-    def on_fit_end(self, trainer, pl_module): self.on_train_end(trainer, pl_module)  # not called if a checkpoint left nothing to train
+    def on_fit_end(self, trainer, pl_module): # a checkpoint that left nothing to train skips the end of training
+        self.on_train_end(trainer, pl_module)
 
 # %% ../../nbs/lib/training/03_fit.ipynb #7501e40d
 def make_trainer(
@@ -80,25 +81,30 @@ def make_trainer(
     epochs:int, # To train for
 )->pl.Trainer:
     "A trainer that keeps the last two checkpoints."
-    for name in ('pytorch_lightning', 'lightning.pytorch', 'pytorch_lightning.utilities.rank_zero'): logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings('ignore', message='.*does not have many workers.*|.*number of training batches.*|.*directory .* exists.*|.*in eval mode at the start.*|.*LeafSpec.*')
+    for name in ('pytorch_lightning', 'lightning.pytorch', 'pytorch_lightning.utilities.rank_zero'):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for text in ('does not have many workers', 'number of training batches', 'directory .* exists',
+                 'in eval mode at the start', 'LeafSpec'): warnings.filterwarnings('ignore', message=f'.*{text}')
     f,every = cfg.fit, 1 if cfg.fine_tunes else max(1, epochs//4)
-    callbacks = [ModelCheckpoint(out_dir/'checkpoints', '{epoch:04d}', monitor='epoch', mode='max', save_top_k=2, every_n_epochs=every)]
+    callbacks = [ModelCheckpoint(out_dir/'checkpoints', '{epoch:04d}', monitor='epoch', mode='max', save_top_k=2,
+                                 every_n_epochs=every)]
     if f.ema: callbacks.append(MovingAverage(f.ema))
     if progress: callbacks.append(EpochBar(refresh_rate=20))
-    precision = ('bf16-mixed' if fast_dtype() == torch.bfloat16 and not cfg.fine_tunes else '32-true') if f.precision == 'auto' else f.precision
+    auto = 'bf16-mixed' if fast_dtype() == torch.bfloat16 and not cfg.fine_tunes else '32-true'
     loggers = [CSVLogger(out_dir, name='', version='history', flush_logs_every_n_steps=1)]
     if run_id: loggers.append(LentRunLogger(EXPERIMENT, tracking_uri=tracking_uri(), run_id=run_id))
-    return pl.Trainer(max_epochs=epochs, accelerator=f.accelerator, devices=f.devices, num_nodes=f.num_nodes, strategy=f.strategy, precision=precision,
-                      accumulate_grad_batches=f.accumulate, gradient_clip_val=f.clip_norm if cfg.fine_tunes else None, logger=loggers, callbacks=callbacks,
-                      default_root_dir=out_dir, enable_progress_bar=progress, enable_model_summary=False, log_every_n_steps=1, num_sanity_val_steps=0,
+    return pl.Trainer(max_epochs=epochs, accelerator=f.accelerator, devices=f.devices, num_nodes=f.num_nodes,
+                      strategy=f.strategy, precision=auto if f.precision == 'auto' else f.precision,
+                      accumulate_grad_batches=f.accumulate, gradient_clip_val=f.clip_norm if cfg.fine_tunes else None,
+                      logger=loggers, callbacks=callbacks, default_root_dir=out_dir, enable_progress_bar=progress,
+                      enable_model_summary=False, log_every_n_steps=1, num_sanity_val_steps=0,
                       use_distributed_sampler=False)
 
 # %% ../../nbs/lib/training/03_fit.ipynb #a3f2dda0
 @torch.inference_mode()
 def expert_logits(
     net:MultimodalNet,
-    ds:ProductDataset, # Its folds say who has seen what
+    ds:ProductDataset, # Its folds say which member has not seen a listing
     state:str, # One of `stacking.STATES`
     max_rows:int|None = None, # Take a sample where there are more
 )->tuple[np.ndarray, np.ndarray]: # (E, N, K) logits and (N,) positions of the listings that can be in this state
@@ -116,7 +122,7 @@ def fit_stack(
     net:MultimodalNet, # In evaluation mode
     train:ProductDataset, # With the folds that the members were trained on
     val:ProductDataset,
-    hold_out:bool, # Whether `val` was kept out of training
+    hold_out:bool, # True if `val` was kept out of training
     max_rows:int = 2_000, # Listings of a state to weigh experts on; there are few weights
 ):
     "Fit the weights of `net.stack`, then its temperatures."
@@ -128,13 +134,14 @@ def fit_stack(
     net.stack.fit(scored)
     for s in STATES if many and hold_out else []:
         logits,rows = expert_logits(net, val, s)
-        net.stack.fit_temperature(np.tensordot(net.stack.weights[STATES.index(s)].numpy(), logits, 1), val.targets[rows], s)
+        weights = net.stack.weights[STATES.index(s)].numpy()
+        net.stack.fit_temperature(np.tensordot(weights, logits, 1), val.targets[rows], s)
 
 # %% ../../nbs/lib/training/03_fit.ipynb #06caefcb
 @torch.inference_mode()
 def out_of_fold_probs(
     net:MultimodalNet,
-    ds:ProductDataset, # Its folds say who has seen what
+    ds:ProductDataset, # Its folds say which member has not seen a listing
 )->np.ndarray: # (N, K)
     "Calibrated probabilities of listings as they are, by members that have not seen them."
     ds = copy(ds); ds.hide_description = 0.
@@ -148,15 +155,17 @@ def earlier_run(
     train:pd.DataFrame, # Training listings: productid, title, text
     held = (), # productid of the listings that must stay unseen
 )->tuple[MultimodalNet, pd.Series]|None: # Its network, and the fold of each productid
-    "What to go on from; None, with a warning, if it does not fit. Raises `FileNotFoundError`, or `BundleError` if it is damaged."
+    "The network and folds of an earlier run, None, with a warning, where they do not fit; raises `FileNotFoundError`."
     folder = Path(folder)
-    if not (folder/'oof.parquet').exists(): raise FileNotFoundError(f'{folder}: no oof.parquet; give the folder of a training on frozen encoders')
+    if not (folder/'oof.parquet').exists():
+        raise FileNotFoundError(f'{folder}: no oof.parquet; give the folder of a training on frozen encoders')
     net,config = load_bundle(folder/'bundle')
     folds = pd.read_parquet(folder/'oof.parquet', columns=['productid', 'fold']).set_index('productid').fold
-    same = dict(categories={*config['codes']} <= {*codes}, encoders=net.cfg.encoders == cfg.encoders, network=net.cfg.network == cfg.network)
-    same['splits'] = not folds.index.isin(list(held)).any()
+    same = dict(categories={*config['codes']} <= {*codes}, encoders=net.cfg.encoders == cfg.encoders,
+                network=net.cfg.network == cfg.network, splits=not folds.index.isin(list(held)).any())
     if not all(same.values()):
-        warnings.warn(f"{folder} has other {' and '.join(k for k,v in same.items() if not v)}; training starts from scratch")
+        other = ' and '.join(k for k,v in same.items() if not v)
+        warnings.warn(f'{folder} has other {other}; training starts from scratch', stacklevel=2)
         return None
     new = train[~train.productid.isin(folds.index)]
     net = net.with_classes(config['codes'], codes, new.title.tolist(), new.text.tolist())
@@ -175,7 +184,7 @@ def fit(
     init:str|Path = '', # Folder of an earlier training to go on from
     shared:str|Path = '', # Folder of checkpoints in which a run with another `out_dir` finds this one, if it is killed
 )->Fitted:
-    "Train on the training split and calibrate on the validation split; the test split is not looked at. A run that was killed goes on."
+    "Train, or go on where a killed run stopped, and calibrate on the validation split; the test split is not used."
     start,out_dir,df = time.perf_counter(), Path(out_dir), data.products; check_trainable(df)
     torch.set_num_threads(n_threads(cfg.fit.n_threads)); pl.seed_everything(seed, verbose=False)
     hold_out,codes = holds_out(df, cfg.fit, cfg.network.members), sorted(int(c) for c in df.prdtypecode.unique())
@@ -183,8 +192,10 @@ def fit(
     before = earlier_run(init, cfg, codes, train, df.productid.drop(train.index)) if init else None
     key = f"{data.manifest['version']} {data.split}"+(json.dumps(file_hashes(Path(init, 'bundle'))) if before else '')
     net,folds = before or (build_network(cfg, train.title.tolist(), train.text.tolist(), len(codes)), None)
-    encode = frozen_runtime(net.image, cfg.encoders.image_size, graphs_dir()) if net.image and not cfg.encoders.train_image else None
-    dm = ProductDataModule(data, net, codes, artifacts_dir()/'embeddings', seed, encode, progress, hold_out, folds); dm.setup()
+    frozen = net.image and not cfg.encoders.train_image
+    encode = frozen_runtime(net.image, cfg.encoders.image_size, graphs_dir()) if frozen else None
+    store = artifacts_dir()/'embeddings'
+    dm = ProductDataModule(data, net, codes, store, seed, encode, progress, hold_out, folds); dm.setup()
     if run_id: log_provenance(run_id, net.cfg, seed, data.manifest['version'])
     with run_folder(out_dir, shared, run_key(net.cfg, seed, key)) as folder:
         history = run_epochs(net, dm, net.cfg, folder, seed, run_id, progress, key)
@@ -192,7 +203,7 @@ def fit(
 
 # %% ../../nbs/lib/training/03_fit.ipynb #0d9b8a6e
 def calibrate(data:Dataset, dm:ProductDataModule, history:pd.DataFrame, start:float)->Fitted:
-    "Weigh the experts, set the lanes, and judge."
+    "Weigh the experts, set the lanes, and score the network on the validation split."
     net,codes,(train,val),df = dm.net.cpu().eval().requires_grad_(False), dm.codes, dm.splits.values(), data.products
     fit_stack(net, train, val, dm.hold_out)
     probs = out_of_fold_probs(net, val)
@@ -201,17 +212,24 @@ def calibrate(data:Dataset, dm:ProductDataModule, history:pd.DataFrame, start:fl
     oof = pd.DataFrame()
     if dm.cfg.network.members > 1:
         ids = training_rows(df, dm.hold_out).productid.to_numpy()
-        oof = pd.DataFrame(dict(productid=ids, fold=train.fold)).join(pd.DataFrame(out_of_fold_probs(net, train), columns=[f'p_{c}' for c in codes]))
-    return Fitted(net, codes, {int(c): n for c,n in data.manifest['names'].items()}, history, scores(probs, val.targets), triage, oof, time.perf_counter()-start)
+        probabilities = pd.DataFrame(out_of_fold_probs(net, train), columns=[f'p_{c}' for c in codes])
+        oof = pd.DataFrame(dict(productid=ids, fold=train.fold)).join(probabilities)
+    names = {int(c): n for c,n in data.manifest['names'].items()}
+    seconds = time.perf_counter()-start
+    return Fitted(net, codes, names, history, scores(probs, val.targets), triage, oof, seconds)
 
 # %% ../../nbs/lib/training/03_fit.ipynb #5745dcae
-def run_epochs(net:MultimodalNet, dm:ProductDataModule, cfg:TrainConfig, out_dir:Path, seed:int, run_id:str, progress:bool, data_version:str)->pd.DataFrame:
-    "Train `net` in place, from the last checkpoint if there is one; the history, one row an epoch."
+def run_epochs(
+    net:MultimodalNet, dm:ProductDataModule, cfg:TrainConfig, out_dir:Path, seed:int, run_id:str, progress:bool,
+    data_version:str, # As for `run_key`
+)->pd.DataFrame: # One row an epoch
+    "Train `net` in place, from the last checkpoint if there is one; gives the history."
     checkpoint,log = resume_from(out_dir, run_key(cfg, seed, data_version)), out_dir/'history'/'metrics.csv'
     before = earlier_epochs(log, checkpoint is not None)
     sizes = torch.from_numpy(np.bincount(dm.splits['train'].targets, minlength=net.n_classes))
     epochs = max(cfg.fit.max_epochs, -(-cfg.fit.min_steps//len(dm.train_dataloader())))
-    make_trainer(cfg, out_dir, run_id, progress, epochs).fit(ProductClassifier(net, sizes, seed), dm, ckpt_path=checkpoint, weights_only=True)
+    trainer = make_trainer(cfg, out_dir, run_id, progress, epochs)
+    trainer.fit(ProductClassifier(net, sizes, seed), dm, ckpt_path=checkpoint, weights_only=True)
     shutil.rmtree(out_dir/'checkpoints', ignore_errors=True)
     history = pd.concat([before, *([pd.read_csv(log)] if log.exists() else [])]).groupby('epoch').last().reset_index()
     history.to_csv(log, index=False)
@@ -222,6 +240,7 @@ def check_trainable(
     df:pd.DataFrame # Products with columns split, prdtypecode
 ):
     "Raises `ValueError` unless there are validation listings, and two classes to tell apart."
-    if not (df.split == 'val').any(): raise ValueError('the dataset has no validation listings; it is too small to train on')
+    if not (df.split == 'val').any():
+        raise ValueError('the dataset has no validation listings; it is too small to train on')
     n = df[df.split == 'train'].prdtypecode.nunique()
     if n < 2: raise ValueError(f'the training listings have {n} category; there is nothing to tell apart')

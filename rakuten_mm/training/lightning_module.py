@@ -28,10 +28,12 @@ class ProductClassifier(pl.LightningModule):
         super().__init__()
         self.strict_loading = False  # see `on_save_checkpoint`
         self.net,self.cfg,self.seed = net,net.cfg,seed
-        self.metrics = MetricCollection({f'f1_{a}': MulticlassF1Score(net.n_classes, average=a) for a in ('weighted', 'macro')}, prefix='val/')
-        self.register_buffer('class_weight', class_weights_of(class_sizes, self.cfg.fit.class_balance), persistent=False)
+        f1 = {f'f1_{a}': MulticlassF1Score(net.n_classes, average=a) for a in ('weighted', 'macro')}
+        self.metrics = MetricCollection(f1, prefix='val/')
+        weight = class_weights_of(class_sizes, self.cfg.fit.class_balance)
+        self.register_buffer('class_weight', weight, persistent=False)
         pooler = getattr(getattr(net.text, 'model', None), 'pooler', None)
-        if pooler is not None: pooler.requires_grad_(False)  # unused, since tokens are averaged; several processes must agree on what is trained
+        if pooler is not None: pooler.requires_grad_(False)  # unused; processes must agree on what is trained
 
 # %% ../../nbs/lib/training/01_lightning_module.ipynb #a686dcc4
 def class_weights_of(
@@ -64,9 +66,10 @@ def losses(self:ProductClassifier,
 @patch
 def check_loss(self:ProductClassifier, loss:Tensor, what:str):
     "Raises `FloatingPointError` if `loss` is no number."
+    if torch.isfinite(loss): return
     f = self.cfg.fit
-    if not torch.isfinite(loss): raise FloatingPointError(
-        f'the {what} loss is {loss.item()}; lower the learning rate (lr={f.lr}, encoder_lr={f.encoder_lr}), or delete the stored vectors if they are damaged')
+    raise FloatingPointError(f'the {what} loss is {loss.item()}; lower the learning rate (lr={f.lr}, encoder_lr='
+                             f'{f.encoder_lr}), or delete the stored vectors if they are damaged')
 
 @patch
 def training_step(self:ProductClassifier, batch:dict, batch_idx:int)->Tensor:
@@ -74,7 +77,8 @@ def training_step(self:ProductClassifier, batch:dict, batch_idx:int)->Tensor:
     each = self.losses(self.net(batch), batch)
     loss = each.mean() if self.cfg.fine_tunes else each.sum()
     self.check_loss(loss, 'training')
-    self.log('train/loss', each.detach().mean(), prog_bar=True, on_step=False, on_epoch=True, batch_size=len(batch['target']), sync_dist=True)
+    self.log('train/loss', each.detach().mean(), prog_bar=True, on_step=False, on_epoch=True, sync_dist=True,
+             batch_size=len(batch['target']))
     return loss
 
 @patch
@@ -119,7 +123,8 @@ def encoder_groups(
     depth = {d: i for i,d in enumerate(sorted({d for d,_ in named}, reverse=True))}
     out = {}
     for d,p in named: out.setdefault((depth[d], p.ndim > 1), []).append(p)
-    return [dict(params=ps, lr=cfg.encoder_lr*cfg.layer_decay**i, weight_decay=cfg.weight_decay*decayed) for (i,decayed),ps in sorted(out.items())]
+    return [dict(params=ps, lr=cfg.encoder_lr*cfg.layer_decay**i, weight_decay=cfg.weight_decay*decayed)
+            for (i,decayed),ps in sorted(out.items())]
 
 # %% ../../nbs/lib/training/01_lightning_module.ipynb #920e3cbd
 @patch
@@ -129,15 +134,20 @@ def configure_optimizers(self:ProductClassifier):
     slow = [g for e in (net.text, net.image) if e is not None for g in encoder_groups(e, f)]
     taken = {id(p) for g in slow for p in g['params']}
     fast = [(n,p) for n,p in self.named_parameters() if p.requires_grad and id(p) not in taken]
-    groups = [dict(params=[p for n,p in fast if n.endswith('weight') == decayed], lr=f.lr, weight_decay=f.weight_decay*decayed) for decayed in (True, False)]+slow
-    groups = [g for g in groups if g['params']]
-    opt = torch.optim.AdamW(groups, fused=self.trainer.precision != '16-mixed' and all(p.device.type in ('cpu', 'cuda') for _,p in fast))
+    group = lambda decayed: dict(params=[p for n,p in fast if n.endswith('weight') == decayed], lr=f.lr,
+                                 weight_decay=f.weight_decay*decayed)
+    groups = [g for g in (group(True), group(False), *slow) if g['params']]
+    plain = all(p.device.type in ('cpu', 'cuda') for _,p in fast)
+    opt = torch.optim.AdamW(groups, fused=self.trainer.precision != '16-mixed' and plain)
     steps = max(int(self.trainer.estimated_stepping_batches), 2)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, [g['lr'] for g in groups], total_steps=steps+1)
     return dict(optimizer=opt, lr_scheduler=dict(scheduler=sched, interval='step'))
 
 # %% ../../nbs/lib/training/01_lightning_module.ipynb #4e45aae4
 @patch
-def configure_gradient_clipping(self:ProductClassifier, optimizer, gradient_clip_val:float|None = None, gradient_clip_algorithm:str|None = None):
+def configure_gradient_clipping(self:ProductClassifier,
+    optimizer, gradient_clip_val:float|None = None, gradient_clip_algorithm:str|None = None,
+):
     "Clip the norm of all gradients together."
-    if gradient_clip_val: nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g['params']], gradient_clip_val)
+    params = [p for g in optimizer.param_groups for p in g['params']]
+    if gradient_clip_val: nn.utils.clip_grad_norm_(params, gradient_clip_val)
