@@ -1,4 +1,4 @@
-"What an explanation says about models whose reasons are known, and about a real bundle."
+"Explanations of models whose reasons are known, and of a real bundle."
 import json
 import re
 from html.parser import HTMLParser
@@ -18,7 +18,8 @@ from rakuten_mm.models.predictor import Predictor, Prepared
 class Tfidf:
     "A text model without gradients."
     codes,names,modalities,size = [10, 40, 2583], {10: 'Livres', 40: 'Jeux', 2583: 'Piscine'}, ['text'], 32
-    titles = ['livre poche roman', 'roman livre broché', 'jeu vidéo console', 'console jeu manette', 'piscine ronde pompe', 'pompe bâche piscine']
+    titles = ('livre poche roman', 'roman livre broché', 'jeu vidéo console', 'console jeu manette',
+              'piscine ronde pompe', 'pompe bâche piscine')
 
     def __init__(self):
         self.pipe = make_pipeline(TfidfVectorizer(), LogisticRegression(C=100)).fit(self.titles, [0, 0, 1, 1, 2, 2])
@@ -48,7 +49,8 @@ def model(bundle): return Predictor.load(bundle)
 @pytest.fixture(scope='module')
 def listings(model, data_dir):
     data = Dataset.open(data_dir)
-    return [Prepared(r.title, r.text, load_square(data.images_dir/r.image, model.size)) for r in data.products[:6].itertuples()]
+    rows = data.products[:6].itertuples()
+    return [Prepared(r.title, r.text, load_square(data.images_dir/r.image, model.size)) for r in rows]
 
 
 def test_a_model_without_gradients():
@@ -89,27 +91,32 @@ def test_regions_find_the_corner():
     pixels = np.zeros((40, 40, 3), 'uint8'); pixels[24:, 24:, 0] = 255
     e = explain(Corner(), Prepared('not read', pixels=pixels), grid=5)
     i,j = np.unravel_index(e.regions.argmax(), e.regions.shape)
-    assert e.words == [] and e.modalities == {'image': 1} and min(i, j) >= 3 and abs(e.regions[:2, :2]).max() < 1e-6 and np.isfinite(e.regions).all()
+    assert e.words == [] and e.modalities == {'image': 1} and min(i, j) >= 3
+    assert abs(e.regions[:2, :2]).max() < 1e-6 and np.isfinite(e.regions).all()
     blank = explain(Corner(), Prepared(pixels=np.full((40, 40, 3), 255, 'uint8')))
     assert not blank.regions.any() and sum(blank.modalities.values()) == 1
-    with pytest.raises(ValueError, match='finer than a picture'): explain(Corner(), Prepared(pixels=pixels), grid=41)
+    with pytest.raises(ValueError, match='finer than an image'): explain(Corner(), Prepared(pixels=pixels), grid=41)
     with pytest.raises(ValueError, match='this model reads image'): explain(Corner(), Prepared('words only'))
 
 
 def test_of_a_bundle(model, listings):
     for p in listings:
         answer,e = model.predict([p])[0], explain(model, p)
-        assert e.prdtypecode == answer.prdtypecode and e.label == answer.label and e.probability == pytest.approx(answer.probability, abs=1e-2)
-        assert e.regions.shape == (7, 7) and set(e.modalities) == {'text', 'image'} and sum(e.modalities.values()) == pytest.approx(1)
+        assert e.prdtypecode == answer.prdtypecode and e.label == answer.label
+        assert e.probability == pytest.approx(answer.probability, abs=1e-2)
+        assert e.regions.shape == (7, 7) and set(e.modalities) == {'text', 'image'}
+        assert sum(e.modalities.values()) == pytest.approx(1)
         assert np.isfinite([w.weight for w in e.words]).all() and np.isfinite(e.regions).all() and e.words
         again = json.loads(json.dumps(e.to_dict(), allow_nan=False))
-        assert again['words'][0]['word'] == e.words[0].word and np.allclose(again['regions'], e.regions) and again['prdtypecode'] in model.codes
+        assert again['words'][0]['word'] == e.words[0].word and np.allclose(again['regions'], e.regions)
+        assert again['prdtypecode'] in model.codes
 
 
 def test_parts_of_a_bundle(model, listings):
     p = listings[0]
     text,image = explain(model, Prepared(p.title, p.text)), explain(model, Prepared(pixels=p.pixels))
-    assert text.regions is None and text.modalities == {'text': 1} and image.words == [] and image.modalities == {'image': 1}
+    assert text.regions is None and text.modalities == {'text': 1}
+    assert image.words == [] and image.modalities == {'image': 1}
     assert explain(model, Prepared('Piscine')).words[0].word == 'Piscine'     # nothing is left without it
     code = model.codes[-1]
     assert explain(model, p, code, grid=3, max_words=5).prdtypecode == code

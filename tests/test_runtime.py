@@ -1,4 +1,4 @@
-"Fault 52: threads are explicit, and an answer depends on neither them nor the batch. And what the choice of a runtime refuses."
+"Fault 52: threads are explicit, an answer depends on neither them nor the batch; and what a runtime choice refuses."
 import os
 
 import numpy as np
@@ -15,7 +15,7 @@ from rakuten_mm.models.onnx_export import OPSET, export_onnx, length_buckets
 from rakuten_mm.synthetic.images import make_image
 
 SIZE = 64
-WORDS = 'piscine livre de poche ronde jeu pour enfant rare neuf'.split()
+WORDS = ['piscine', 'livre', 'de', 'poche', 'ronde', 'jeu', 'pour', 'enfant', 'rare', 'neuf']
 
 
 @pytest.fixture(scope='module')
@@ -26,15 +26,17 @@ def text(tmp_path_factory):
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='[PAD]', unk_token='[UNK]').save_pretrained(d)
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=12, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)).save_pretrained(d)
+    size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    BertModel(BertConfig(vocab_size=12, **size)).save_pretrained(d)
     encoder = hf_encoder(str(d))
     return encoder, encoder.tokenize([' '.join(rng.choice(WORDS, n)) for n in rng.integers(3, 60, 11)], ['']*11)
 
 
 @pytest.fixture(scope='module')
 def image():
-    "The image encoder, and 5 pictures."
-    return image_encoder('timm:tf_efficientnet_lite0'), np.stack([np.asarray(make_image(np.random.default_rng(i), i, SIZE)) for i in range(5)])
+    "The image encoder, and 5 images."
+    images = [np.asarray(make_image(np.random.default_rng(i), i, SIZE)) for i in range(5)]
+    return image_encoder('timm:tf_efficientnet_lite0'), np.stack(images)
 
 
 @pytest.fixture(scope='module')
@@ -93,7 +95,8 @@ def test_graph_is_whole_and_open_where_it_should_be(graphs):
         assert model.opset_import[0].version == OPSET and not any(t.external_data for t in model.graph.initializer)
         assert not {'BatchNormalization', 'LayerNorm'} & {n.op_type for n in model.graph.node}
         shapes = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
-        want = dict(pixels=['batch', SIZE, SIZE, 3]) if name == 'image' else dict.fromkeys(('input_ids', 'attention_mask'), ['batch', 'length'])
+        text = {'input_ids': ['batch', 'length'], 'attention_mask': ['batch', 'length']}
+        want = dict(pixels=['batch', SIZE, SIZE, 3]) if name == 'image' else text
         assert shapes == want and [o.name for o in model.graph.output] == ['vectors']
 
 
@@ -101,7 +104,8 @@ def test_export_leaves_the_encoder_alone(text):
     encoder,_ = text
     before,attention = {k: v.clone() for k,v in encoder.state_dict().items()}, encoder.model.config._attn_implementation
     export_onnx(encoder)
-    assert all((v == before[k]).all() for k,v in encoder.state_dict().items()) and encoder.model.config._attn_implementation == attention
+    assert all((v == before[k]).all() for k,v in encoder.state_dict().items())
+    assert encoder.model.config._attn_implementation == attention
 
 
 def test_choice_rejects_what_differs_and_survives_what_cannot_be_exported(text, monkeypatch):
@@ -116,7 +120,8 @@ def test_choice_rejects_what_differs_and_survives_what_cannot_be_exported(text, 
 def test_choice_rejects_a_fast_runtime_that_is_wrong(text, monkeypatch):
     encoder,tokens = text
     wrong = lambda **arrays: np.full((len(arrays['input_ids']), encoder.dim), np.nan, np.float32)
-    monkeypatch.setattr(rt, 'candidates', lambda *a: ({'eager': rt.TorchRuntime(encoder), 'onnx': wrong}, {'onnx': b''}, {}))
+    runs = {'eager': rt.TorchRuntime(encoder), 'onnx': wrong}
+    monkeypatch.setattr(rt, 'make_runtimes', lambda *a: (runs, {'onnx': b''}, {}))
     c = rt.fastest(encoder, tokens, rounds=1)
     assert c.name == 'eager' and 'differs by inf' in c.rejected['onnx'] and c.cosine['onnx'] == -1
 

@@ -34,7 +34,8 @@ def same(a, b):
 
 def children(run):
     client = mlflow_client()
-    return client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id], f"tags.mlflow.parentRunId = '{run}'")
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    return client.search_runs([experiment], f"tags.mlflow.parentRunId = '{run}'")
 
 
 def test_goes_on_to_the_asked_number_as_nested_runs(data, whole, tmp_path):
@@ -53,7 +54,8 @@ def test_goes_on_to_the_asked_number_as_nested_runs(data, whole, tmp_path):
 def test_a_killed_search_ends_in_the_same_trials(data, data_dir, whole, tmp_path):
     "kill -9 in the second trial: its number is given up, its values are tried again."
     code = f'''
-from rakuten_mm.core.config import load_environment, preset
+from rakuten_mm.core.config import preset
+from rakuten_mm.core.environment import load_environment
 load_environment('no.env')
 from rakuten_mm.training import tuning
 from rakuten_mm.data.dataset import Dataset
@@ -104,10 +106,11 @@ def test_time_limit_lets_one_trial_through(data, tmp_path):
 
 def test_what_cannot_be_tuned(data, tmp_path):
     one = replace(CFG, network=replace(CFG.network, members=1))
-    with pytest.raises(ValueError, match='network.members to 2'): search(data, one, tmp_path, 1, progress=False)
+    with pytest.raises(ValueError, match=r'network\.members to 2'): search(data, one, tmp_path, 1, progress=False)
     moving = replace(CFG, encoders=replace(CFG.encoders, train_image=True))
     with pytest.raises(ValueError, match='frozen encoders'): search(data, moving, tmp_path, 1, progress=False)
-    with pytest.raises(ValueError, match='no objective'): search(data, CFG, tmp_path, 1, metric='accuracy', progress=False)
+    with pytest.raises(ValueError, match='no objective'):
+        search(data, CFG, tmp_path, 1, metric='accuracy', progress=False)
 
 
 def test_command_line(data_dir, tmp_path):
