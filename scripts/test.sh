@@ -22,8 +22,9 @@ if [ ${#missing[@]} -gt 0 ]; then
         say "not installed, and only root can install with apt-get: ${missing[*]}; their tests will be skipped"
     fi
 fi
-say "lint"
+say "lint and types"
 ruff check .
+python -m mypy
 say "tests"
 # Much of a test is one core waiting for another process, so two files are tested at a time; fixtures belong to files.
 python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder "$@"
