@@ -6,7 +6,8 @@
 __all__ = ['Decision', 'decision_of', 'decision_report', 'keep_decision', 'files_of', 'promote']
 
 # %% ../../nbs/lib/registry/04_promotion.ipynb #5086b733
-import json, time
+import json
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from ..core.environment import artifacts_dir
@@ -23,7 +24,7 @@ from ..stats.metrics import scores
 # %% ../../nbs/lib/registry/04_promotion.ipynb #262c0c75
 @dataclass
 class Decision:
-    "Whether a challenger was promoted, and why."
+    "The decision about a challenger, with its reason and its figures."
     promoted:bool
     reason:str # One sentence
     challenger:int # Registered version
@@ -34,42 +35,52 @@ class Decision:
     checks:dict[str, bool] # Passed, by name of the check
     figures:dict[str, float] # Of all checks
 
-def decision_of(trial:Comparison, version:int, champion:int|None, data_version:str)->Decision:
-    "The record of a trial."
-    figures = {f'{c.name}.{k}': v for c in trial.verdict.checks for k,v in c.figures.items() if isinstance(v, (int, float))}
-    f1 = lambda a: scores(a.probs, targets_of(trial.listings, a.codes))['f1_weighted'] if a else None
-    return Decision(trial.verdict.ok, trial.verdict.reason, version, champion, f1(trial.challenger), f1(trial.champion), data_version, {c.name: c.ok for c in trial.verdict.checks}, figures)
+def decision_of(comparison:Comparison, version:int, champion:int|None, data_version:str)->Decision:
+    "The record of a comparison."
+    verdict,new,old = comparison.verdict, comparison.challenger, comparison.champion
+    figures = {f'{c.name}.{k}': v for c in verdict.checks for k,v in c.figures.items() if isinstance(v, (int, float))}
+    f1 = lambda a: scores(a.probs, targets_of(comparison.listings, a.codes))['f1_weighted']
+    return Decision(verdict.ok, verdict.reason, version, champion, f1(new), f1(old) if old else None, data_version,
+                    {c.name: c.ok for c in verdict.checks}, figures)
 
 # %% ../../nbs/lib/registry/04_promotion.ipynb #cb16a974
 def decision_report(
     decision:Decision,
-    trial:Comparison,
+    comparison:Comparison,
 )->str: # Markdown
     "A decision, for people."
-    head = f"# Version {decision.challenger} {'is promoted' if decision.promoted else 'is not promoted'}\n\n{decision.reason}\n"
-    by = f"\nCompared with {f'version {decision.champion}' if decision.champion else 'nothing: there was no champion'}, on {len(trial.listings):,} test listings of data {decision.data_version}.\n"
-    lines = [f"| {c.name} | {'passed' if c.ok else '**failed**'} | {c.text.replace('|', '/')} |" for c in trial.verdict.checks]
-    changes,moved = trial.changes(), trial.moved().head(15)
-    said = f'\n## Answers\n\n{len(changes):,} listings would be filed elsewhere: {int((changes.right_after & ~changes.right_before).sum()):,} mended, {int((changes.right_before & ~changes.right_after).sum()):,} broken.\n'
-    pairs = [f'| {r.before} | {r.after} | {r.listings} | {r.right_before} | {r.right_after} |' for r in moved.itertuples()]
-    return '\n'.join([head+by, '## Checks\n', '| check | | found |', '|---|---|---|', *lines, said]
-                     +(['| from | to | listings | right before | right after |', '|---|---|---|---|---|', *pairs] if pairs else []))+'\n'
+    opponent = f'version {decision.champion}' if decision.champion else 'nothing: there was no champion'
+    head = (f"# Version {decision.challenger} {'is promoted' if decision.promoted else 'is not promoted'}\n\n"
+            f'{decision.reason}\n\nCompared with {opponent}, on {len(comparison.listings):,} test listings '
+            f'of data {decision.data_version}.\n')
+    checks = [f"| {c.name} | {'passed' if c.ok else '**failed**'} | {c.text.replace('|', '/')} |"
+              for c in comparison.verdict.checks]
+    changes,moved = comparison.changes(), comparison.moved().head(15)
+    mended = int((changes.right_after & ~changes.right_before).sum())
+    broken = int((changes.right_before & ~changes.right_after).sum())
+    answers = (f'\n## Answers\n\n{len(changes):,} listings would be filed elsewhere: '
+               f'{mended:,} mended, {broken:,} broken.\n')
+    pairs = [f'| {r.before} | {r.after} | {r.listings} | {r.right_before} | {r.right_after} |'
+             for r in moved.itertuples()]
+    if pairs: pairs = ['| from | to | listings | right before | right after |', '|---|---|---|---|---|', *pairs]
+    return '\n'.join([head, '## Checks\n', '| check | | found |', '|---|---|---|', *checks, answers, *pairs])+'\n'
 
 # %% ../../nbs/lib/registry/04_promotion.ipynb #e8d3bbca
-def keep_decision(decision:Decision, trial:Comparison, out_dir:Path, tag:bool = True):
+def keep_decision(decision:Decision, comparison:Comparison, out_dir:Path, tag:bool = True):
     "Write report, data and changed answers, and tag the registered version."
-    write_atomic(out_dir/'report.md', decision_report(decision, trial).encode())
+    write_atomic(out_dir/'report.md', decision_report(decision, comparison).encode())
     write_atomic(out_dir/'decision.json', json.dumps(asdict(decision), indent=1).encode())
-    write_csv(trial.changes(), out_dir/'changes.csv')
+    write_csv(comparison.changes(), out_dir/'changes.csv')
     if not tag: return
     client,run = mlflow_client(), get_version(decision.challenger).run_id
-    for k,v in asdict(decision).items(): client.set_model_version_tag(MODEL, str(decision.challenger), f'promotion.{k}', json.dumps(v)[:5_000])
-    for name in ('report.md', 'decision.json', 'changes.csv') if run else (): client.log_artifact(run, str(out_dir/name), 'promotion')
+    for k,v in asdict(decision).items():
+        client.set_model_version_tag(MODEL, str(decision.challenger), f'promotion.{k}', json.dumps(v)[:5_000])
+    for name in ('report.md', 'decision.json', 'changes.csv') if run else ():
+        client.log_artifact(run, str(out_dir/name), 'promotion')
 
 # %% ../../nbs/lib/registry/04_promotion.ipynb #f11e5001
-def files_of(version:int|None)->tuple[Path|None, Path|None]: # Bundle, and `oof.parquet` of its training if it was kept
-    "What the registry has of a version; nothing of none."
-    if not version: return None, None
+def files_of(version:int)->tuple[Path, Path|None]: # Bundle, and `oof.parquet` of its training if it was kept
+    "The files of a version in the registry; raises as `resolve_model` and `resolve_training`."
     training = resolve_training(version)
     return resolve_model(f'models:/{MODEL}/{version}')[0], training and training/'oof.parquet'
 
@@ -80,21 +91,23 @@ def promote(
     cfg:GateConfig = GateConfig(),
     out_dir:str|Path = '', # Receives the report; default: promotions/ in the artifacts folder
     progress:bool = True,
-    dry_run:bool = False, # Judge and report, but move no alias and tag nothing
+    dry_run:bool = False, # Compare and report, but move no alias and tag nothing
 )->tuple[Decision, Comparison]:
-    "Judge a challenger against the champion, and move the alias if it passes; raises `RegistryError`, or `ChampionMoved` if that happens again and again."
+    "Compare a challenger with the champion, and move the alias if it passes; raises `RegistryError`, `ChampionMoved`."
     get_version(version)
     for attempt in range(3):
         champion = alias_version('champion')
-        (new,oof),(old,old_oof) = files_of(version), files_of(champion)
-        trial = compare(new, old, data, cfg, (f'version {version}', f'version {champion}'), progress, (oof, old_oof))
-        decision = decision_of(trial, version, champion, data.manifest['version'])
-        why = 'it already is the champion' if champion == version else f'it was rolled back: {back}' if (back := rolled_back(version)) else ''
+        (new,oof),(old,old_oof) = files_of(version), files_of(champion) if champion else (None, None)
+        names = f'version {version}', f'version {champion}'
+        comparison = compare(new, old, data, cfg, names, progress, (oof, old_oof))
+        decision,back = decision_of(comparison, version, champion, data.manifest['version']), rolled_back(version)
+        why = 'it already is the champion' if champion == version else f'it was rolled back: {back}' if back else ''
         if why: decision.promoted,decision.reason = False, why
         try:
             if decision.promoted and not dry_run: move_champion(version, champion, 'promote', decision.reason)
             break
         except ChampionMoved:
             if attempt == 2: raise
-    keep_decision(decision, trial, Path(out_dir or artifacts_dir()/'promotions'/f'v{version}-{time.time_ns()//1_000_000}'), tag=not dry_run)
-    return decision, trial
+    folder = Path(out_dir or artifacts_dir()/'promotions'/f'v{version}-{time.time_ns()//1_000_000}')
+    keep_decision(decision, comparison, folder, tag=not dry_run)
+    return decision, comparison
