@@ -183,7 +183,7 @@ def ingest(
     snapshot:bool = False, # The delivery is the whole catalogue: remove products that it does not hold
     max_quarantine:float = .05, # Largest share of a file's records that may be refused
     progress:bool = True, # Show a progress bar
-    wait_s:float = 600, # How long a fetch into `raw_dir` may keep this waiting
+    wait_s:float = 600, # Longest wait for a fetch into `raw_dir`
 )->Dataset: # The current version afterwards
     "Merge a delivery into the dataset; raises `RawDataError`, `FetchError` if it is incomplete, or `DataBusyError`."
     data_dir = Path(data_dir).resolve()

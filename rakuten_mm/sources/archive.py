@@ -27,7 +27,7 @@ class ArchiveError(ValueError):
 # %% ../../nbs/lib/sources/00_archive.ipynb #23611e6c
 @dataclass(frozen=True)
 class Limits:
-    "How much an archive may unfold into."
+    "Bounds of what an archive may unfold into."
     max_files:int = 200_000 # Most members, folders included
     max_bytes:int = 50_000_000_000 # Most unpacked bytes
     max_ratio:int = 100 # Most unpacked bytes for a packed one

@@ -18,7 +18,7 @@ from .fetch import STATE, WHOLE, Fetched, FetchError, Unreachable, fetch, scrub
 @contextmanager
 def complete_delivery(
     raw_dir:str|Path,
-    wait_s:float = 600, # How long a fetch that is at work is waited for
+    wait_s:float = 600, # Longest wait for a fetch that is at work
 ):
     "Context in which no fetch changes `raw_dir`; raises `Unreachable` if one goes on, `FetchError` if one failed."
     raw_dir = Path(raw_dir)
@@ -52,7 +52,7 @@ def fetch_and_note(
     remote:str,
     raw_dir:str|Path,
     **kw, # For `fetch`
-)->tuple[Fetched|None, Exception|None]: # What was fetched, or why it was not
+)->tuple[Fetched|None, Exception|None]: # The result of the fetch, or its error
     "Fetch once, and write the outcome to `.fetch/last.json`."
     try: done,error = fetch(remote, raw_dir, **kw), None
     except (OSError, ArchiveError) as e: done,error = None, e
