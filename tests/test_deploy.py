@@ -24,7 +24,6 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT
-from try_compose import COMPOSE, read_compose
 
 from rakuten_mm.data.ingestion import ingest
 from rakuten_mm.sources.fetch import STATE, WHOLE
@@ -32,11 +31,33 @@ from serving.config import ServeConfig
 from serving.testing import free_port
 
 DEPLOY = ROOT/'deploy'
+COMPOSE = DEPLOY/'compose.yaml'
 SECRETS = ('API_PASSWORD', 'API_SECRET', 'MLFLOW_TRACKING_PASSWORD', 'MLFLOW_FLASK_SERVER_SECRET_KEY',
            'POSTGRES_PASSWORD')
 FILLED = {k: f'{k.lower()}-of-the-tests' for k in SECRETS}
 OURS = ('mlflow', 'fetch', 'scheduler', 'api')
 needs_rclone = pytest.mark.skipif(not shutil.which('rclone'), reason='rclone is not installed')
+
+
+def interpolate(
+    value, # Strings, and lists and mappings of them
+    env:dict[str, str],
+):
+    "`value` with `${NAME}`, `${NAME:-default}` and `${NAME:?error}` filled in, as Compose does."
+    if isinstance(value, dict): return {k: interpolate(v, env) for k,v in value.items()}
+    if isinstance(value, list): return [interpolate(v, env) for v in value]
+    if not isinstance(value, str): return value
+    def fill(m):
+        name,how,other = m.groups()
+        if env.get(name): return env[name]
+        if how == ':?': raise ValueError(f'{name}: {other}')
+        return other or ''
+    return re.sub(r'\$\{(\w+)(?:(:[-?])([^}]*))?\}', fill, value)
+
+
+def read_compose(env:dict[str, str])->dict:
+    "The file with variables filled in."
+    return interpolate(yaml.safe_load(COMPOSE.read_text()), env)
 
 
 @pytest.fixture(scope='module')
