@@ -131,7 +131,8 @@ class Bench:
 
     def plain(self):
         command = sys.executable, '-m', 'uvicorn', 'benchmarks.plain:app', '--port', '{port}'
-        env = dict(BUNDLE=str(self.bundle), PYTHONPATH=str(ROOT))
+        # FastAPI's HTTP Basic knows ASCII only
+        env = dict(BUNDLE=str(self.bundle), PYTHONPATH=str(ROOT), API_PASSWORD='plain')
         return running_server(command=command, exit_code=-signal.SIGTERM, home=self.home(), **env)
 
     def start(self, server:RunningServer, how:str, bodies:Path|None = None, start_at:int = 0, versions:bool = False,
