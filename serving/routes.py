@@ -16,31 +16,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from rakuten_mm.data.image import InvalidImage
 from rakuten_mm.data.taxonomy import CATEGORIES
-from serving import metrics
+from serving import metrics, schema
 from serving.admission import AdmissionControl, ConcurrencyLimit
 from serving.auth import Authenticator, Principal
 from serving.config import ServeConfig
 from serving.errors import Refused, of_validation
 from serving.forms import FORM, LOGIN, listing_of_form, login_of_form, small_jpeg
 from serving.registry_watcher import RegistryWatcher
-from serving.schema import (
-    MAX_BATCH,
-    BatchItem,
-    BatchRequest,
-    BatchResponse,
-    CategoryName,
-    Correction,
-    ExplainRequest,
-    ExplainResponse,
-    FeedbackRequest,
-    FeedbackResponse,
-    PredictRequest,
-    PredictResponse,
-    ReviewItem,
-    ReviewResponse,
-    Token,
-    Version,
-)
 from serving.store import Feedback, Prediction, Store, verdict, votes
 from serving.worker_client import WorkerClient
 
@@ -63,20 +45,20 @@ class Service:
             self.config = {path: json.loads(Path(path, 'config.json').read_text(encoding='utf-8'))}
         return self.config[path]
 
-    def categories(self)->list[CategoryName]:
+    def categories(self)->list[schema.CategoryName]:
         "Every category that may be the right one: the model's, and all of Rakuten's if the model's are among them."
         names = {int(c): n for c,n in self.bundle()['names'].items()}
         codes = names.keys() | CATEGORIES.keys() if names.keys() <= CATEGORIES.keys() else names.keys()
         def name(c):
             fr,en = (CATEGORIES[c].fr, CATEGORIES[c].en) if c in CATEGORIES else (names[c], names[c])
-            return CategoryName(prdtypecode=c, fr=fr, en=en)
+            return schema.CategoryName(prdtypecode=c, fr=fr, en=en)
         return [name(c) for c in sorted(codes)]
 
     async def predict(self,
-        r:PredictRequest,
+        r:schema.PredictRequest,
         who:Principal,
         probe:bool = False, # Ask the model itself, and leave no trace for reviewers and for drift detection
-    )->PredictResponse:
+    )->schema.PredictResponse:
         "Answer a listing, and record the answer."
         text = hashlib.sha256(f'{r.designation}\0{r.description or ""}'.encode()).hexdigest()
         image = hashlib.sha256(r.image).hexdigest() if r.image else ''
@@ -89,13 +71,15 @@ class Service:
             if self.answers is not None: self.answers[found[0], text, image] = found
         version,answer = found
         best = dict(top_k=answer['top_k'][:r.top_k])
-        out = PredictResponse(**answer | best, prediction_id=str(uuid.uuid4()), model_version=version)
+        out = schema.PredictResponse(**answer | best, prediction_id=str(uuid.uuid4()), model_version=version)
         if probe: return out
         metrics.LANES.labels(out.lane, version).inc()
         self.record(r, out, answer, who, text, image)
         return out
 
-    def record(self, r:PredictRequest, out:PredictResponse, answer:dict, who:Principal, text:str, image:str):
+    def record(self,
+        r:schema.PredictRequest, out:schema.PredictResponse, answer:dict, who:Principal, text:str, image:str
+    ):
         "Have the store write down an answer, and the listing if it may be kept."
         ranked = answer['top_k']  # of all categories
         keep = self.cfg.keep_inputs in ('all', out.lane)
@@ -111,11 +95,13 @@ class Service:
         self.store.add(row, r.image if keep else None)
         metrics.DROPPED.set(self.store.dropped)
 
-    async def predict_one_of_many(self, product, who:Principal)->BatchItem:
+    async def predict_one_of_many(self, product, who:Principal)->schema.BatchItem:
         "The answer to a listing of a batch, or its error."
-        try: return BatchItem(status=200, prediction=await self.predict(PredictRequest.model_validate(product), who))
-        except ValidationError as e: return BatchItem(status=422, error=of_validation(e))
-        except Refused as e: return BatchItem(status=e.status_code, error=e.error)
+        try:
+            listing = schema.PredictRequest.model_validate(product)
+            return schema.BatchItem(status=200, prediction=await self.predict(listing, who))
+        except ValidationError as e: return schema.BatchItem(status=422, error=of_validation(e))
+        except Refused as e: return schema.BatchItem(status=e.status_code, error=e.error)
 
 
 def principal(request:Request)->Principal: return request.state.principal
@@ -137,49 +123,49 @@ def install(app:FastAPI, service:Service, authenticator:Authenticator):
 def add_prediction(app:FastAPI, service:Service):
     "Pages that ask the model."
     @app.post('/predict', tags=['prediction'], summary='File a listing under a category')
-    async def predict(listing:PredictRequest, request:Request)->PredictResponse:
+    async def predict(listing:schema.PredictRequest, request:Request)->schema.PredictResponse:
         return await service.predict(listing, principal(request), request.headers.get('x-probe') == '1')
 
     @app.post('/predict/upload', tags=['prediction'], summary='The same, from a form with a file', openapi_extra=FORM)
-    async def upload(request:Request)->PredictResponse:
+    async def upload(request:Request)->schema.PredictResponse:
         return await service.predict(await listing_of_form(request), principal(request))
 
     @app.post('/predict/batch', tags=['prediction'],
-              summary=f'File up to {MAX_BATCH} listings; each has an answer or an error of its own')
-    async def batch(listings:BatchRequest, request:Request)->BatchResponse:
+              summary=f'File up to {schema.MAX_BATCH} listings; each has an answer or an error of its own')
+    async def batch(listings:schema.BatchRequest, request:Request)->schema.BatchResponse:
         n,who = len(listings.products), principal(request)
-        if n > MAX_BATCH: raise Refused(413, f'{n} listings; a batch has at most {MAX_BATCH}')
+        if n > schema.MAX_BATCH: raise Refused(413, f'{n} listings; a batch has at most {schema.MAX_BATCH}')
         service.admission.take(n-1)
         try:
             results = await asyncio.gather(*(service.predict_one_of_many(p, who) for p in listings.products))
-            return BatchResponse(results=results)
+            return schema.BatchResponse(results=results)
         finally: service.admission.leave(n-1)
 
     @app.post('/explain', tags=['prediction'], summary='Words and parts of the image behind a category')
-    async def explain(listing:ExplainRequest)->ExplainResponse:
+    async def explain(listing:schema.ExplainRequest)->schema.ExplainResponse:
         asked = {k: getattr(listing, k) for k in ('designation', 'description', 'image', 'prdtypecode')}
         with service.explaining: version,out = await service.worker.ask('explain', asked)
-        return ExplainResponse(**out, model_version=version)
+        return schema.ExplainResponse(**out, model_version=version)
 
 
 def add_access(app:FastAPI, authenticator:Authenticator):
     "The page that gives tokens."
     @app.post('/token', tags=['access'], openapi_extra=LOGIN,
               summary='A short-lived bearer token for a user and password (OAuth 2)')
-    async def token(request:Request)->Token:
+    async def token(request:Request)->schema.Token:
         who = await authenticator.check(await login_of_form(request), request.state.client)
         if who is None: authenticator.refuse(request.state.client)
-        return Token(**authenticator.token(who))
+        return schema.Token(**authenticator.token(who))
 
 
-def correction(f:Feedback)->Correction:
-    return Correction(reviewer=f.reviewer, prdtypecode=f.prdtypecode, created_at=f.created_at)
+def correction(f:Feedback)->schema.Correction:
+    return schema.Correction(reviewer=f.reviewer, prdtypecode=f.prdtypecode, created_at=f.created_at)
 
 
 def add_feedback(app:FastAPI, service:Service):
     "The page that takes corrections, and the answer of all pages while the database cannot be reached."
     @app.post('/feedback', tags=['review'], summary='Say what the right category of a listing is')
-    async def feedback(f:FeedbackRequest, request:Request)->FeedbackResponse:
+    async def feedback(f:schema.FeedbackRequest, request:Request)->schema.FeedbackResponse:
         who = principal(request)
         if f.reviewer not in (None, who.name) and not who.may('admin'):
             raise Refused(403, 'only an admin may speak for another reviewer')
@@ -188,8 +174,9 @@ def add_feedback(app:FastAPI, service:Service):
         said = f.prediction_id, f.prdtypecode, f.reviewer or who.name
         try: new,all_of_it = await asyncio.to_thread(service.store.correct, *said)
         except KeyError: raise Refused(404, 'no such prediction', field='prediction_id') from None
-        return FeedbackResponse(feedback_id=new.id, prediction_id=f.prediction_id, **correction(new).model_dump(),
-                                verdict=verdict(all_of_it), conflict=len(votes(all_of_it)) > 1)
+        return schema.FeedbackResponse(
+            feedback_id=new.id, prediction_id=f.prediction_id, **correction(new).model_dump(),
+            verdict=verdict(all_of_it), conflict=len(votes(all_of_it)) > 1)
 
     @app.exception_handler(SQLAlchemyError)
     async def no_database(request, exc):
@@ -201,19 +188,19 @@ def add_review(app:FastAPI, service:Service):
     "Pages that show what waits for review."
     store = service.store
 
-    def item(r:Prediction, told:list[Feedback])->ReviewItem:
+    def item(r:Prediction, told:list[Feedback])->schema.ReviewItem:
         has_image = bool(r.image_sha256) and store.image_path(r.image_sha256).exists()
-        return ReviewItem(prediction_id=r.id, created_at=r.created_at, designation=r.designation or '',
-                          description=r.description or '', has_image=has_image, prdtypecode=r.prdtypecode,
-                          probability=r.probability, top_k=r.top_k, candidates=r.candidates,
-                          model_version=r.model_version, corrections=[correction(f) for f in told])
+        return schema.ReviewItem(
+            prediction_id=r.id, created_at=r.created_at, designation=r.designation or '', has_image=has_image,
+            description=r.description or '', prdtypecode=r.prdtypecode, probability=r.probability, top_k=r.top_k,
+            candidates=r.candidates, model_version=r.model_version, corrections=[correction(f) for f in told])
 
     @app.get('/review', tags=['review'],
              summary='Listings that wait for a person, those that are most useful to correct first')
-    async def review(request:Request, limit:Annotated[int, Query(ge=1, le=100)] = 20)->ReviewResponse:
+    async def review(request:Request, limit:Annotated[int, Query(ge=1, le=100)] = 20)->schema.ReviewResponse:
         rows,waiting = await asyncio.to_thread(store.queue, limit, principal(request).name)
         told = await asyncio.to_thread(store.corrections, [r.id for r in rows])
-        return ReviewResponse(items=[item(r, told[r.id]) for r in rows], waiting=waiting)
+        return schema.ReviewResponse(items=[item(r, told[r.id]) for r in rows], waiting=waiting)
 
     @app.get('/review/{prediction_id}/image', tags=['review'], response_class=Response,
              summary='The image of a listing that waits, as a JPEG', responses={200: {'content': {'image/jpeg': {}}}})
@@ -230,15 +217,15 @@ def add_about(app:FastAPI, service:Service):
     worker,watcher = service.worker,service.watcher
 
     @app.get('/categories', tags=['about'], summary='Codes and their names')
-    async def categories()->list[CategoryName]: return service.categories()
+    async def categories()->list[schema.CategoryName]: return service.categories()
 
     @app.get('/version', tags=['about'], summary='The model that answers')
-    async def version()->Version:
+    async def version()->schema.Version:
         c = service.bundle(); e = c['train']['encoders']
         parts = [m for m,has in (('text', e['ngrams'] or e['text']), ('image', e['image'])) if has]
-        return Version(model_version=worker.version, data_version=c['info'].get('data_version', ''),
-                       categories=len(c['codes']), modalities=parts, problem=watcher.problem or None,
-                       following=watcher.model if watcher.follows else None)
+        return schema.Version(
+            model_version=worker.version, data_version=c['info'].get('data_version', ''), categories=len(c['codes']),
+            modalities=parts, problem=watcher.problem or None, following=watcher.model if watcher.follows else None)
 
     @app.get('/health', tags=['about'], summary='200 while the server is alive', response_class=PlainTextResponse)
     async def health(): return PlainTextResponse('ok')

@@ -415,8 +415,8 @@ def test_roles_and_tokens(bundle, tmp_path):
 def test_f26_f27_limits_and_pages(bundle):
     "Guessing is slowed down, also for the right password; pages are open as configured; nothing secret is in the log."
     secret = 'ein-sehr-geheimes-Wort'
-    env = dict(API_FAILED_LOGINS='5/minute', API_RATE='20/minute', API_OPEN_PAGES='metrics,categories',
-               API_PASSWORD=secret)
+    env = dict(API_FAILED_LOGINS='5/minute', API_RATE='20/minute', API_PASSWORD=secret,
+               API_OPEN_PAGES='metrics,categories')
     with running_server(bundle, **env) as server:
         get = lambda path,**kw: httpx.get(server.url+path, **kw).status_code
         for p in ('/metrics', '/categories', '/health', '/', '/static/app.js'): assert get(p) == 200, p
