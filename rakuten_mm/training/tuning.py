@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['search_space', 'configured', 'start_point', 'prepare_search', 'with_heads', 'oof_scores', 'run_trial',
-           'finished_trials', 'open_study', 'next_trial', 'run_and_tell', 'Tuned', 'tuning_report', 'search']
+           'finished_trials', 'open_study', 'next_trial', 'record_trial', 'Tuned', 'tuning_report', 'search']
 
 # %% ../../nbs/lib/training/05_tuning.ipynb #a1a172dc
 import hashlib, json, time
@@ -175,7 +175,7 @@ def next_trial(
     return study.ask(space)
 
 # %% ../../nbs/lib/training/05_tuning.ipynb #13a71d86
-def run_and_tell(
+def record_trial(
     study:optuna.Study, trial:Trial, dm:ProductDataModule, cfg:TrainConfig, out_dir:Path, metric:str,
     run_id:str, # MLflow run of the search, or empty
     progress:bool,
@@ -242,7 +242,7 @@ def search(
             bar.update(n-bar.n)
             if dm is None: dm = prepare_search(data, cfg, seed, progress)
             epochs = max(cfg.fit.max_epochs, -(-cfg.fit.min_steps//len(dm.train_dataloader())))
-            run_and_tell(study, next_trial(study, cfg, epochs, seed), dm, cfg, out_dir/'trial', metric, run_id, False)
+            record_trial(study, next_trial(study, cfg, epochs, seed), dm, cfg, out_dir/'trial', metric, run_id, False)
             if any(t.value is not None for t in finished_trials(study)):
                 bar.set_postfix(best=f'{tuning_report(study, cfg, out_dir).score:.4f}')
         return tuning_report(study, cfg, out_dir)
