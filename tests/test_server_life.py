@@ -345,10 +345,12 @@ def test_f22_registry_down(following, registry):
 
 def test_shadow_sees_and_says_nothing(following, registry, bundle):
     server,shadow = following, registry(bundle, 'challenger')
-    def agreed(): server.ask(); return server.metric('rakuten_shadow_total') > 0
-    until(agreed)
+    agreed = f'rakuten_shadow_total{{agreement="same",model_version="rakuten-mm/{shadow}"}}'
+    def seen():
+        server.ask()
+        return agreed in server.client.get('/metrics').text
+    until(seen)
     assert server.ask().json()['model_version'] == server.version
-    assert f'agreement="same",model_version="rakuten-mm/{shadow}"' in server.client.get('/metrics').text
 
 
 def test_f24_disk_full(bundle):
