@@ -11,6 +11,9 @@ post_merge=.git/hooks/post-merge
 home=$(mktemp -d); trap 'rm -rf "$home"' EXIT
 [ ! -f $post_merge ] || cp -p $post_merge "$home/post-merge"
 GIT_CONFIG_GLOBAL=${GIT_CONFIG_GLOBAL:-$HOME/.gitconfig} HOME=$home nbdev_install_hooks >/dev/null
-[ ! -f "$home/post-merge" ] || cp -p "$home/post-merge" $post_merge # somebody's own; `nbdev_trust` is theirs to add
+if [ -f "$home/post-merge" ]; then cp -p "$home/post-merge" $post_merge # somebody's own; `nbdev_trust` is theirs to add
+else # a pull without the environment activated must not complain
+    printf '#!/bin/sh\nPATH=$PWD/.venv/bin:$PATH\n! command -v nbdev_trust >/dev/null || nbdev_trust\n' > $post_merge
+fi
 mkdir -p "$(dirname "$jupyter")"
 [ -f "$jupyter" ] || cp "$home/.jupyter/jupyter_server_config.py" "$jupyter"

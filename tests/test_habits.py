@@ -92,7 +92,10 @@ def test_hooks_leave_the_tree_and_the_home_alone(clone, tmp_path):
     assert git(clone, 'status', '--porcelain') == ''
     assert not list((tmp_path/'home').iterdir())
     assert 'nbdev_merge' in git(clone, 'config', 'merge.nbdev-merge.driver')
-    assert 'nbdev_trust' in (clone/'.git'/'hooks'/'post-merge').read_text()
+    hook = clone/'.git'/'hooks'/'post-merge'
+    assert 'nbdev_trust' in hook.read_text()
+    bare = subprocess.run([hook], cwd=clone, env={'PATH': '/usr/bin:/bin'}, capture_output=True, text=True)
+    assert (bare.returncode, bare.stdout+bare.stderr) == (0, ''), 'a pull outside of the environment complains'
     assert 'clean_jupyter' in (Path(sys.prefix)/'etc'/'jupyter'/'jupyter_server_config.py').read_text()
 
 
