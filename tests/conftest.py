@@ -57,6 +57,14 @@ def environment(tmp_path_factory):
     load_environment(scratch/'no.env')
 
 
+@pytest.fixture(scope='module', autouse=True)
+def environment_of_the_module(environment):
+    "What a module's fixtures set ends with the module: MLflow puts the address of its registry into the environment."
+    before = dict(os.environ)
+    yield
+    os.environ.clear(); os.environ.update(before)
+
+
 @pytest.fixture(autouse=True)
 def restored_environment():
     "Notebooks and steps set variables and change folders; the next test must not notice."
@@ -95,7 +103,9 @@ def bundle(data_dir, tmp_path_factory):
 def stack(environment):
     "ZenML's stack."
     import setup_stack
+    before = dict(os.environ)
     with chdir(ROOT): setup_stack.main()
+    os.environ.clear(); os.environ.update(before)  # MLflow puts the address of its registry there
 
 
 @pytest.fixture(scope='session')

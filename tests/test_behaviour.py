@@ -47,8 +47,8 @@ def test_codes_come_from_the_data(other_catalogue, tmp_path):
 
 def test_fusing_helps(tmp_path):
     "On the synthetic catalogue neither part decides alone."
-    from rakuten_mm.synthetic.catalogue import synthesize
-    data = ingest(synthesize(tmp_path/'raw', 1500, 10, progress=False), tmp_path/'data', progress=False)
+    from rakuten_mm.synthetic.catalogue import demo
+    data = demo(tmp_path, 1000)
     cfg = preset('smoke')
     bundle = export(fit(data, cfg, tmp_path/'run', progress=False), data, tmp_path/'run')
     references = fit_references(data, cfg, tmp_path/'refs', progress=False)
