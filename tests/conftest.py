@@ -1,7 +1,7 @@
 "Environment and artefacts that the tests share."
 import os
 import shutil
-from contextlib import chdir
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 import pytest
@@ -57,20 +57,26 @@ def environment(tmp_path_factory):
     load_environment(scratch/'no.env')
 
 
+@contextmanager
+def kept_environment():
+    "Variables that are set inside end with it: MLflow, for one, puts the address of its registry there."
+    before = dict(os.environ)
+    try: yield
+    finally: os.environ.clear(); os.environ.update(before)
+
+
 @pytest.fixture(scope='module', autouse=True)
 def environment_of_the_module(environment):
-    "What a module's fixtures set ends with the module: MLflow puts the address of its registry into the environment."
-    before = dict(os.environ)
-    yield
-    os.environ.clear(); os.environ.update(before)
+    "What a module's fixtures set ends with the module."
+    with kept_environment(): yield
 
 
 @pytest.fixture(autouse=True)
 def restored_environment():
     "Notebooks and steps set variables and change folders; the next test must not notice."
-    before,cwd = dict(os.environ), Path.cwd()
-    yield
-    os.environ.clear(); os.environ.update(before); os.chdir(cwd)
+    cwd = Path.cwd()
+    with kept_environment(): yield
+    os.chdir(cwd)
 
 
 @pytest.fixture(scope='session')
@@ -103,9 +109,7 @@ def bundle(data_dir, tmp_path_factory):
 def stack(environment):
     "ZenML's stack."
     import setup_stack
-    before = dict(os.environ)
-    with chdir(ROOT): setup_stack.main()
-    os.environ.clear(); os.environ.update(before)  # MLflow puts the address of its registry there
+    with kept_environment(), chdir(ROOT): setup_stack.main()
 
 
 @pytest.fixture(scope='session')
