@@ -12,11 +12,13 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import httpx
 import jsonschema
@@ -25,9 +27,11 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from rakuten_mm.api import basic_auth
 from rakuten_mm.data.ingestion import ingest
 from rakuten_mm.sources.fetch import STATE, WHOLE
 from serving.config import ServeConfig
+from serving.schema import MAX_BODY
 from serving.testing import free_port
 
 DEPLOY = ROOT/'deploy'
@@ -277,7 +281,7 @@ def test_f30_bases_are_pinned(compose):
     docker = (DEPLOY/'Dockerfile').read_text()
     assert pinned.fullmatch(re.search(r'^ARG PYTHON=(.+)$', docker, re.M)[1])
     assert set(re.findall(r'^FROM (\S+)', docker, re.M)) == {'${PYTHON}'}
-    assert 'latest' not in docker+COMPOSE.read_text() and '--constraint constraints.txt' in docker
+    assert 'latest' not in docker+COMPOSE.read_text()
     assert re.findall(r'^USER (.+)$', docker,
                       re.M)[-1] == compose['services']['api']['user'], 'the image itself does not run as root either'
     assert not re.search(r'^(ADD|COPY) .*(\.env|https?:)|^COPY \. ', docker, re.M)
@@ -306,33 +310,111 @@ def test_f30_only_the_proxy_is_believed(compose):
     assert 'listen 8443 ssl;' in conf and not re.search(r'listen \d+;', conf)
 
 
-@pytest.mark.skipif(not shutil.which('nginx') or not shutil.which('openssl'),
-                    reason='nginx or openssl is not installed')
+needs_nginx = pytest.mark.skipif(not shutil.which('nginx') or not shutil.which('openssl'),
+                                 reason='nginx or openssl is not installed')
+
+
+@contextmanager
+def nginx_before(
+    upstream:int, # Port of what it stands before
+    home:Path, # Folder of its own
+):
+    "nginx with the shipped file, at another port and with `home` for /tmp. Gives its port."
+    port,certs = free_port(0), home/'certs'
+    certs.mkdir()
+    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2', '-subj', '/CN=localhost',
+                    '-keyout', certs/'key.pem', '-out', certs/'cert.pem'], check=True, capture_output=True)
+    conf = (DEPLOY/'nginx.conf').read_text()
+    for ours,here in {'http://api:8080': f'http://127.0.0.1:{upstream}', 'listen 8443': f'listen 127.0.0.1:{port}',
+                      '/tmp/': f'{home}/'}.items():
+        assert ours in conf
+        conf = conf.replace(ours, here)
+    (home/'nginx.conf').write_text(conf)
+    # Started by root its workers would be another user, to whom the folder is closed.
+    user = 'user root;' if os.geteuid() == 0 else ''
+    nginx = subprocess.Popen(['nginx', '-c', home/'nginx.conf', '-g', f'daemon off; {user}'])
+    try:
+        until(lambda: nginx.poll() or not socket.socket().connect_ex(('127.0.0.1', port)), 10, 'nginx')
+        assert nginx.poll() is None
+        yield port
+    finally: nginx.terminate(); nginx.wait(10)
+
+
+@needs_nginx
 def test_f30_nginx_example(tmp_path):
     "TLS ends here, and a forged X-Forwarded-For with it."
-    port,seen = free_port(0), []
-    upstream = socket.create_server(('127.0.0.1', 0))
+    upstream,seen = socket.create_server(('127.0.0.1', 0)), []
     def answer():
         connection = upstream.accept()[0]
         seen.append(connection.recv(65536).decode())
         connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok'); connection.close()
     threading.Thread(target=answer, daemon=True).start()
-    (tmp_path/'certs').mkdir()
-    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2', '-subj', '/CN=localhost',
-                    '-keyout', tmp_path/'certs'/'key.pem',
-                    '-out', tmp_path/'certs'/'cert.pem'], check=True, capture_output=True)
-    conf = (DEPLOY/'nginx.conf').read_text().replace('http://api:8080',
-                                                     f'http://127.0.0.1:{upstream.getsockname()[1]}').replace('8443',
-                                                                                                              f'127.0.0.1:{port}')
-    (tmp_path/'nginx.conf').write_text(re.sub('/tmp/', f'{tmp_path}/', conf))
-    nginx = subprocess.Popen(['nginx', '-c', tmp_path/'nginx.conf', '-g', 'daemon off;'])
-    try:
-        until(lambda: not nginx.poll() and not socket.socket().connect_ex(('127.0.0.1', port)), 10, 'nginx')
+    with upstream, nginx_before(upstream.getsockname()[1], tmp_path) as port:
         r = httpx.get(f'https://127.0.0.1:{port}/', verify=False, headers={'x-forwarded-for': '6.6.6.6'},
                       trust_env=False)
-    finally: nginx.terminate(); nginx.wait(10); upstream.close()
     assert r.text == 'ok' and 'max-age' in r.headers['strict-transport-security']
     assert 'X-Forwarded-For: 127.0.0.1\r\n' in seen[0] and '6.6.6.6' not in seen[0]
+
+
+@pytest.fixture(scope='module')
+def proxied(server, tmp_path_factory):
+    "nginx before the API: a client that proves nothing, its address, and when nginx last made a file for a body."
+    if not shutil.which('nginx') or not shutil.which('openssl'): pytest.skip('nginx or openssl is not installed')
+    home = tmp_path_factory.mktemp('nginx')
+    with nginx_before(server.port, home) as port:
+        url = f'https://127.0.0.1:{port}'
+        with httpx.Client(base_url=url, verify=False, trust_env=False, timeout=30) as c:
+            # Its files have no name while they are open, but making them changes the folder.
+            yield c, port, lambda: (home/'body').stat().st_mtime_ns
+
+
+STRANGERS = {'nobody': {}, 'wrong password': {'authorization': basic_auth('x', 'y')},
+             'wrong token': {'authorization': 'Bearer x.y.z'}}
+
+
+@contextmanager
+def half_a_body(port, path, headers, length:int):
+    "A request of which a piece of the body was sent; gives the connection."
+    head = ''.join(f'{k}: {v}\r\n' for k,v in (headers | {'Content-Type': 'application/json'}).items())
+    plain = socket.create_connection(('127.0.0.1', port), timeout=10)
+    with ssl._create_unverified_context().wrap_socket(plain) as s:
+        s.sendall(f'POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n{head}\r\n'.encode()+b'x'*300_000)
+        yield s
+
+
+@pytest.mark.parametrize('who', STRANGERS)
+def test_f64_a_stranger_gets_401_before_the_body_is_there(proxied, who):
+    "Nothing of it is stored, whether it is held open, sent whole or has no length."
+    client,port,last_stored = proxied
+    before = last_stored()
+    for path in ('/predict', '/predict/upload', '/predict/batch', '/feedback', '/no-such-page'):
+        with ExitStack() as held:
+            open_ = [held.enter_context(half_a_body(port, path, STRANGERS[who], 13_000_000)) for _ in range(5)]
+            assert {s.recv(100)[:12] for s in open_} == {b'HTTP/1.1 401'}, path
+    for body in (b'x'*13_000_000, (b'x'*65_536 for _ in range(200))):
+        assert client.post('/predict', content=body, headers=STRANGERS[who]).status_code == 401
+    assert last_stored() == before
+
+
+def test_f64_what_the_api_takes_passes_the_proxy(proxied, server):
+    "The largest body that it allows is answered, a little more is refused by the API, much more by the proxy at once."
+    client,port,last_stored = proxied
+    before,listing = last_stored(), b'{"designation": "Piscine"'
+    post = lambda n, path='/predict': client.post(path, content=listing.ljust(n-1)+b'}',
+                                                  headers=server.auth | {'content-type': 'application/json'})
+    assert post(MAX_BODY).status_code == 200
+    assert post(MAX_BODY+1).json()['error']['code'] == 'too_large'
+    with half_a_body(port, '/predict', server.auth, MAX_BODY*11//10) as s: assert s.recv(100)[:12] == b'HTTP/1.1 413'
+    with half_a_body(port, '/token', {}, 200_000) as s: assert s.recv(100)[:12] == b'HTTP/1.1 413'
+    assert last_stored() == before
+
+
+def test_f64_logins_are_counted_by_the_proxy_too(proxied):
+    "An address asks for a few tokens at once and then for one every two seconds; other pages are not slowed."
+    client = proxied[0]
+    got = [client.post('/token').status_code for _ in range(40)]
+    assert got[0] != 429 and 15 <= got.count(429) <= 20
+    assert client.get('/health').status_code == 200
 
 
 # Starting ------------------------------------------------------------------------------------------------------------
