@@ -116,6 +116,35 @@ def test_time_zone(home):
     assert [datetime.fromtimestamp(job.next_time(t), UTC).hour for t in (winter, summer)] == [1, 0]
 
 
+@pytest.mark.parametrize('cron', ['0 0 30 2 *', '0 0 31 4,6 *', '0 0 31 feb *'])
+def test_f77_a_day_that_never_comes_is_refused(home, cron):
+    with pytest.raises(ValueError, match='is never due: there is no such day'): schedule(home, dict(cron=cron))
+    assert schedule(home, dict(cron='0 0 29 2 *')).jobs[0].next_time(MONDAY) > MONDAY
+
+
+@pytest.mark.parametrize(('cron', 'day', 'due'), [
+    ('30 2 * * *', (2026, 10, 25), ['00:30']),  # the hour from two to three comes twice, and counts once
+    ('30 2 * * *', (2026, 3, 29), ['01:30']),  # it is left out
+    ('0,30 2 * * sun', (2026, 10, 25), ['00:00', '00:30']), ('0 2,3 * * *', (2026, 3, 29), ['01:00']),
+    ('0 3 * * *', (2026, 10, 25), ['02:00']), ('0 4 * * *', (2026, 3, 29), ['02:00'])])
+def test_f77_once_a_day_in_summer_time_too(home, cron, day, due):
+    job,start = schedule(home, dict(cron=cron, timezone='Europe/Paris')).jobs[0], datetime(*day, tzinfo=UTC).timestamp()
+    times,t = [], start-1
+    while (t := job.next_time(t)) < start+20*3_600: times.append(f'{datetime.fromtimestamp(t, UTC):%H:%M}')
+    assert times == due
+    for s in range(0, 20*3_600, 600):  # whenever it is asked
+        after = [x for x in due if start+int(x[:2])*3_600+int(x[3:])*60 > start+s]
+        assert not after or f'{datetime.fromtimestamp(job.next_time(start+s), UTC):%H:%M}' == after[0]
+
+
+def test_f77_through_every_hour_of_the_day_that_has_25(home):
+    job = schedule(home, dict(cron='*/30 * * * *', timezone='Europe/Paris')).jobs[0]
+    t = start = datetime(2026, 10, 24, 22, tzinfo=UTC).timestamp()
+    for n in range(1, 51):
+        t = job.next_time(t)
+        assert t == start+n*1_800
+
+
 def test_shipped_schedule(monkeypatch):
     monkeypatch.chdir(ROOT)
     s = read_schedule()
@@ -258,6 +287,44 @@ def test_clock_that_was_wrong(home):
     s = schedule(home)
     c = Clock(s); c.tick(); c.tick(30*DAY); c.tick(-29*DAY); c.tick(DAY)
     assert outcomes() == ['ok', 'ok']
+
+
+def test_f77_clock_set_back_by_an_hour(home):
+    "What was run is not run again; what is due more often than that does not wait for the hour to pass."
+    c = Clock(schedule(home, {}, dict(name='often', pipeline='drift', cron='*/15 * * * *')), at=MONDAY+3_500)
+    ran = lambda job: sum(r.job == job for r in History().runs(100))
+    c.tick(); c.tick(3_705)
+    assert ran('check') == ran('often') == 1
+    c.tick(-3_600)  # 1:00:05
+    for _ in range(8): c.tick(900)
+    assert ran('check') == 1
+    assert ran('often') == 9
+    c.tick(DAY)
+    assert ran('check') == 2
+
+
+def test_f77_first_model_after_the_clock_was_set_back(home):
+    c = Clock(schedule(home, dict(at_start='until_champion')), 'raise SystemExit(1)', lambda: False, MONDAY+30*DAY)
+    (home/'raw').mkdir(); (home/'raw'/'X_train_update.csv').touch()
+    c.tick(); c.tick(-29*DAY)
+    assert outcomes() == ['failed', 'failed']
+
+
+def test_f77_interrupted_before_the_clock_was_set_back(home):
+    "The run that was made up for it is the latest, though its clock says otherwise."
+    h = History()
+    h.save(Run('check', 'api_check', 'schedule', started=5_000.).end('stopped'))
+    again = Run('check', 'api_check', 'schedule', started=1_400.)
+    h.save(again); h.save(again.end('ok', ended=1_390.))
+    assert not h.interrupted('check')
+    assert [r.outcome for r in h.runs()] == ['ok', 'stopped']
+    assert again.seconds == 0
+
+
+def test_f77_a_live_process_is_known_whatever_the_clock(home, monkeypatch):
+    h = History(); h.save(Run('check', 'api_check', 'schedule'))
+    monkeypatch.setattr(psutil.Process, 'create_time', lambda self: time.time()-7_200)
+    assert h.end_orphans() == ([], [])
 
 
 def test_due_while_running_is_refused_and_while_waiting_is_not(home):
@@ -429,6 +496,47 @@ def test_heartbeat(home):
     beat = scheduler_dir()/'heartbeat.json'
     beat.write_text(json.dumps(json.loads(beat.read_text()) | dict(time=time.time()-600)))
     assert not health()[0] and CliRunner().invoke(cli, ['scheduler', 'health']).exit_code == 1
+
+
+BEAT = dict(time=1., pid=1, host='h', active={}, next=dict(check=1.))
+
+
+@pytest.mark.parametrize('damage', [
+    '', 'null', '[]', '7', '"x"', '{', '{}', '['*100_000, b'\xff\xfe', b'\0'*100, *[{k: v} for k in BEAT for v in
+    (None, 'x\ny', [], {}, {'a': 'b\x1b'}, float('nan'), float('inf'), '\ud800', [1])]], ids=lambda d: repr(d)[:40])
+def test_f77_damaged_heartbeat(home, damage):
+    "One line and exit code 1, whatever the file is."
+    beat = scheduler_dir()/'heartbeat.json'; beat.parent.mkdir(parents=True)
+    text = json.dumps(BEAT | damage) if isinstance(damage, dict) else damage
+    beat.write_bytes(text if isinstance(text, bytes) else text.encode())
+    res = CliRunner().invoke(cli, ['scheduler', 'health'])
+    assert res.exit_code == 1 and isinstance(res.exception, SystemExit), res.exception
+    assert len(res.output.splitlines()) == 1
+
+
+def test_f77_heartbeat_that_is_no_file_and_from_the_future(home):
+    beat = scheduler_dir()/'heartbeat.json'; beat.mkdir(parents=True)
+    assert not health()[0]
+    beat.rmdir(); os.mkfifo(beat)
+    assert not health()[0]
+    beat.unlink(); beat.write_text(json.dumps(BEAT | dict(time=time.time()+3_600)))
+    assert not health()[0]
+    beat.write_text(json.dumps(BEAT | dict(time=time.time())))
+    assert health()[0]
+
+
+@pytest.mark.parametrize('damage', ['', 'null', '['*100_000, '{"why": "\\ud800\\n\\u0000x"}', b'\xff', '{"why": {}}'],
+                         ids=lambda d: repr(d)[:30])
+def test_f77_damaged_request(home, damage):
+    "It is a request all the same, once, and is no trouble to others."
+    c = Clock(schedule(home, {}, dict(name='other', pipeline='drift')))
+    path = request_path('check'); path.parent.mkdir(parents=True)
+    path.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+    request_path('other').mkdir()
+    c.tick(); c.tick(1)
+    assert outcomes() == ['ok']
+    assert History().runs()[0].why.isprintable()
+    assert CliRunner().invoke(cli, ['runs']).exit_code == 0
 
 
 # Its commands

@@ -49,10 +49,10 @@ class Run:
     note:str = ''
     log:str = '' # Path of what it printed
     pid:int|None = None
-    process_started:float|None = None
+    process_started:str|None = None # By a clock that nobody sets
     host:str = field(default_factory=socket.gethostname)
     watcher:int = field(default_factory=os.getpid) # Its scheduler, or who triggered it
-    watcher_started:float = field(default_factory=lambda: identity_of().started)
+    watcher_started:str = field(default_factory=lambda: identity_of().started)
 
     def is_orphaned(self, gone_hosts:tuple[str, ...] = ())->bool|None: # None if nobody here can tell
         "True if its scheduler is gone, and it with it."
@@ -61,7 +61,7 @@ class Run:
     @property
     def seconds(self)->float:
         "Its duration so far."
-        return (self.ended or time.time())-self.started
+        return max((self.ended or time.time())-self.started, 0.)  # the clock may have been set back
 
     def end(self, outcome:str, exit_code:int|None = None, note:str = '', ended:float|None = None)->'Run':
         "Note how it ended."
@@ -78,7 +78,6 @@ class Run:
 COLUMNS = [f.name for f in fields(Run)]
 SCHEMA = f"""
 create table if not exists runs ({', '.join('id text primary key' if c == 'id' else c for c in COLUMNS)});
-create index if not exists ix_started on runs (started);
 create table if not exists jobs (name text primary key, cron text not null, until real not null);
 """
 
@@ -127,7 +126,8 @@ class History:
     def flush(self):
         "Write what waits."
         rows,marks = list(self.waiting.values()), ', '.join('?'*len(COLUMNS))
-        query = f'insert or replace into runs ({", ".join(COLUMNS)}) values ({marks})'
+        query = (f'insert into runs ({", ".join(COLUMNS)}) values ({marks}) on conflict (id) do update set '
+                 +', '.join(f'{c} = excluded.{c}' for c in COLUMNS))
         if rows and self.attempt(lambda c: c.executemany(query, map(astuple, rows))):
             for r in rows: self.waiting.pop(r.id, None)
 
@@ -136,11 +136,11 @@ class History:
         also:str = 'true', # Condition, as SQL
         **equal:str, # Values of columns; one that is empty does not count
     )->list[Run]:
-        "The latest first."
+        "The latest first, in the order in which they were noted: clocks are set back."
         self.flush()
         equal = {k: v for k,v in equal.items() if v}
         where = ' and '.join([also, *(f'{k} = ?' for k in equal)])
-        query = f'select {", ".join(COLUMNS)} from runs where {where} order by started desc limit ?'
+        query = f'select {", ".join(COLUMNS)} from runs where {where} order by rowid desc limit ?'
         rows = self.attempt(lambda c: c.execute(query, [*equal.values(), limit]).fetchall(), [])
         return [Run(**dict(zip(COLUMNS, r, strict=True))) for r in rows]
 
@@ -165,12 +165,17 @@ class History:
             if not dry: r.kill(); self.save(r)
         return orphans, unknown
 
-    def claimed_until(self, job:str, cron:str, now:float)->float:
+    def claimed_until(self,
+        job:str,
+        cron:str,
+        now:float,
+        patience:float, # A time that is further ahead of now was of a clock that went wrong
+    )->float:
         "Time up to which runs of a job were started or refused; a job that is new or has another cron begins now."
         row = self.attempt(lambda c: c.execute('select cron, until from jobs where name = ?', (job,)).fetchone())
         known = [u for c,u in filter(None, (row, self.until.get(job))) if c == cron]
-        if known and max(known) < now+60: return min(max(known), now)
-        self.claim(job, cron, now)  # also if the clock was set back
+        if known and max(known) <= now+patience: return max(known)
+        self.claim(job, cron, now)
         return now
 
     def claim(self, job:str, cron:str, until:float):

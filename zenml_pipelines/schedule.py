@@ -3,6 +3,7 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
+from zoneinfo import ZoneInfo
 
 import yaml
 from apscheduler.triggers.cron import CronTrigger
@@ -25,7 +26,20 @@ def cron_trigger(
     if not {day, weekday} & {'*', ''}:
         raise ValueError(f'{expression!r} has a day of the month and a day of the week; '
                          'schedulers disagree on what that means')
-    return CronTrigger.from_crontab(expression, timezone)
+    trigger = CronTrigger.from_crontab(expression, timezone)
+    if trigger.get_next_fire_time(None, datetime.now(UTC)) is None:
+        raise ValueError(f'{expression!r} is never due: there is no such day in those months')
+    return trigger
+
+
+def fire_time(
+    trigger:CronTrigger,
+    since:datetime,
+)->datetime:
+    "The first moment at which a trigger is due, `since` included."
+    when = trigger.get_next_fire_time(None, since)
+    assert when, 'cron_trigger has found one'
+    return when
 
 
 class Job(BaseModel):
@@ -59,10 +73,22 @@ class Job(BaseModel):
         return self
 
     def next_time(self, after:float)->float:
-        "The first time that it is due after a moment."
-        then = datetime.fromtimestamp(after, UTC)+timedelta(microseconds=1)
-        when = cron_trigger(self.cron, self.timezone).get_next_fire_time(None, then)
-        return when.timestamp() if when else float('inf')
+        "The first time that it is due after a moment. A time of day is due once a day, whatever the clocks do there."
+        tick,zone = timedelta(microseconds=1), ZoneInfo(self.timezone)
+        if self.cron.split()[1] == '*':  # through every hour, those that come twice too
+            since = datetime.fromtimestamp(after, UTC)+tick
+            return fire_time(cron_trigger(self.cron, self.timezone), since).timestamp()
+        # By the local clock as if it was never changed: of an hour that comes twice the first one counts, and a time
+        # that is left out in spring is as long after the last hour before as it says.
+        trigger = cron_trigger(self.cron, 'UTC')
+        local = datetime.fromtimestamp(after, zone).replace(tzinfo=UTC)-timedelta(hours=2)
+        while (when := (local := fire_time(trigger, local+tick)).replace(tzinfo=zone).timestamp()) <= after: pass
+        return when
+
+    def period(self, now:float)->float:
+        "Seconds between its next two times."
+        first = self.next_time(now)
+        return self.next_time(first)-first
 
     def delivered(self)->bool:
         "True if the raw folder of its configuration holds a complete delivery, or it fetches one itself."

@@ -12,8 +12,12 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, Field, FiniteFloat
 
 from rakuten_mm.core.environment import artifacts_dir
 from rakuten_mm.core.files import write_atomic
@@ -23,10 +27,34 @@ from zenml_pipelines.schedule import Job, Schedule
 
 log = logging.getLogger('rakuten_mm.scheduler')
 BEAT_S,LATE_S = 10, 120 # Between two heartbeats, and age at which the scheduler counts as dead
+PAUSE_S = 3600 # Between two tries for a first model, at most
 KILLS = 3 # A job that was killed so often in a row waits for its time: it may be what kills the machine
 MISSING = 'no champion yet'
 CHAMPION = '''from rakuten_mm.registry.versions import alias_version
 raise SystemExit(0 if alias_version('champion') else 3)'''
+
+
+def heartbeat_path()->Path:
+    "File by which others see that a scheduler is at work."
+    return scheduler_dir()/'heartbeat.json'
+
+
+def one_line(text:str)->str:
+    "`text`; raises `ValueError` unless a terminal shows it as one line."
+    if not text.isprintable(): raise ValueError('it has characters that cannot be shown')
+    return text
+
+
+Line = Annotated[str, AfterValidator(one_line)]
+
+
+class Heartbeat(BaseModel):
+    "What a scheduler does, as it says every few seconds."
+    time:FiniteFloat
+    pid:int
+    host:Line
+    active:dict[Line, Line] # What it is at, by job
+    next:dict[Line, FiniteFloat] = Field(min_length=1) # When it is due, by job
 
 
 class Scheduler:
@@ -58,7 +86,7 @@ class Scheduler:
             except Exception: log.exception('the scheduler goes on after')
             if self.stopping.wait(self.tick_s): break
         self.pool.shutdown(cancel_futures=True)
-        (scheduler_dir()/'heartbeat.json').unlink(missing_ok=True)
+        with suppress(OSError): heartbeat_path().unlink()
 
     def tick(self):
         "Start what is due, asked for, interrupted or missing."
@@ -68,21 +96,25 @@ class Scheduler:
             self.settled = now
             for r in self.history.end_orphans()[0]: self.runner.say(f'{r.job}: {r.outcome}, {r.note}')
         for job in self.schedule.jobs:
-            due = job.next_time(self.history.claimed_until(job.name, job.cron, now))
+            due = self._due(job, now)
             state = self.active.get(job.name)
             if not state: self._start(job, due, now)
             elif due <= now and state == 'running':
                 self.history.claim(job.name, job.cron, now)
                 self.runner.refuse(Run(job.name, job.pipeline, 'schedule', due))
 
+    def _due(self, job:Job, now:float)->float:
+        "When a job is due. After the clock was set back, not again at a time that it had, if it can wait for the next."
+        return job.next_time(self.history.claimed_until(job.name, job.cron, now, job.period(now)))
+
     def _start(self, job:Job, due:float, now:float):
         "Start a job if there is a reason."
         if due <= now: self._submit(job, 'schedule', self._claim_due, due)
-        elif request_path(job.name).exists(): self._submit(job, read_request(job.name), self._claim_request, wait=True)
+        elif request_path(job.name).is_file(): self._submit(job, read_request(job.name), self._claim_request, wait=True)
         elif ended := self.history.interrupted(job.name):
             if sum(r.outcome == 'abandoned' for r in ended) < KILLS:
                 self._submit(job, ended[0].why, self._claim_again, ended[0].scheduled)
-        elif job.name in self.tries and now >= self.tries[job.name][1] and job.delivered():
+        elif job.name in self.tries and not 0 < self.tries[job.name][1]-now <= PAUSE_S and job.delivered():
             self._submit(job, MISSING, self._claim_missing)
 
     def _submit(self, job:Job, why:str, claim:Callable, scheduled:float|None = None, wait:bool = False):
@@ -103,7 +135,7 @@ class Scheduler:
 
     def _claim_due(self, job:Job, refused:bool)->bool:
         now = self.now()
-        if job.next_time(self.history.claimed_until(job.name, job.cron, now)) > now: return False # another has done it
+        if self._due(job, now) > now: return False # another has done it
         # Who holds the lock may still step back: ask again.
         if refused and not self.history.runs(1, pipeline=job.pipeline, outcome='running'): return False
         self.history.claim(job.name, job.cron, now)
@@ -116,14 +148,14 @@ class Scheduler:
     def _claim_missing(self, job:Job, refused:bool)->bool:
         if refused: return False  # whoever is at work may bring one
         there = self.has_champion()
-        if there: self.tries[job.name] = (0, self.now()+3600)
+        if there: self.tries[job.name] = (0, self.now()+PAUSE_S)
         return not there
 
     def _pause(self, job:Job, run:Run|None):
         "Try again for a first model with growing pauses, because what is wrong may mend itself."
         failed,until = self.tries[job.name]
         failed = failed+1 if run else 0
-        self.tries[job.name] = (failed, max(until, self.now()+min(30*2**failed, 3600)))
+        self.tries[job.name] = (failed, max(until, self.now()+min(30*2**failed, PAUSE_S)))
 
     def _ask_registry(self)->bool:
         code,out = call([sys.executable, '-c', CHAMPION], self.stopping, 120)
@@ -131,9 +163,9 @@ class Scheduler:
         return code == 0
 
     def _beat(self, now:float):
-        state = dict(time=now, pid=os.getpid(), host=socket.gethostname(), active=self.active,
-                     next={j.name: j.next_time(now) for j in self.schedule.jobs})
-        try: write_atomic(scheduler_dir()/'heartbeat.json', json.dumps(state).encode())
+        beat = Heartbeat(time=now, pid=os.getpid(), host=socket.gethostname(), active=dict(self.active),
+                         next={j.name: j.next_time(now) for j in self.schedule.jobs})
+        try: write_atomic(heartbeat_path(), beat.model_dump_json().encode())
         except OSError as e: log.error('no heartbeat: %s', e)
 
 
@@ -144,15 +176,22 @@ def request_path(name:str)->Path:
 
 def read_request(name:str)->str:
     "Reason that a request gives."
-    try: return str(json.loads(request_path(name).read_text())['why'])[:500]
-    except (OSError, ValueError, KeyError, TypeError): return 'request'
+    try:
+        with request_path(name).open('rb') as f: why = str(json.loads(f.read(100_000))['why'])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError): return 'request'
+    return ''.join(c if c.isprintable() else ' ' for c in why).strip()[:500] or 'request'
 
 
 def health()->tuple[bool, str]: # True if a scheduler is at work, and what it does
-    "Tell by the age of its heartbeat."
-    try: beat = json.loads((scheduler_dir()/'heartbeat.json').read_text())
-    except (OSError, ValueError): return False, 'no scheduler is running'
-    age = time.time()-beat['time']
-    doing = ', '.join(f'{j} {s}' for j,s in beat['active'].items())
-    doing = doing or f"waiting for {min(beat['next'], key=beat['next'].get)}"
-    return age < LATE_S, f"heartbeat of process {beat['pid']} on {beat['host']} {age:.0f} s ago; {doing}"
+    "Tell by the age of its heartbeat; one that is from the future was written before the clock was set back."
+    path = heartbeat_path()
+    if not path.exists(): return False, 'no scheduler is running'
+    try:
+        if not path.is_file(): raise ValueError
+        beat = Heartbeat.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return False, f'{path} cannot be read; a scheduler that is running writes it anew within {BEAT_S} s'
+    age = time.time()-beat.time
+    doing = ', '.join(f'{j} {s}' for j,s in beat.active.items())
+    doing = doing or f'waiting for {min(beat.next, key=lambda j: beat.next[j])}'
+    return abs(age) < LATE_S, f'heartbeat of process {beat.pid} on {beat.host} {age:.0f} s ago; {doing}'
