@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 from .. import __version__
 from ..core.config import PRESETS
-from ..core.environment import load_environment
+from ..core.environment import limit_mlflow, load_environment
 
 # %% ../../nbs/lib/cli/01_main.ipynb #4f1eb803
 ELSEWHERE = { # Command: where it is, and its line of --help
@@ -50,6 +50,9 @@ class CommandGroup(click.Group):
         except (ValueError, OSError) as e:
             error = click.ClickException(str(e)); error.exit_code = getattr(e, 'exit_code', 1)
             raise error from e
+        except Exception as e:
+            if 'MlflowException' not in {c.__name__ for c in type(e).__mro__}: raise  # it takes seconds to import
+            raise click.ClickException(f"MLflow: {str(e).partition(chr(10))[0]}") from e
 
 @click.group(cls=CommandGroup, context_settings=dict(help_option_names=['-h', '--help'], show_default=True))
 @click.version_option(__version__, prog_name='rakuten-mm')
@@ -242,6 +245,7 @@ def predict_command(bundle, products, images, out, batch_size):
     "Predict the category of every product of a file."
     from rakuten_mm.models.batch_inference import predict_file
     from rakuten_mm.registry.versions import resolve_model
+    limit_mlflow()
     n = predict_file(resolve_model(bundle)[0], products, images, out, batch_size)
     click.echo('{rows} predictions in {out}: {missing} without an image, {invalid} with a damaged one, '
                '{empty} with nothing to read'.format(out=out, **n))

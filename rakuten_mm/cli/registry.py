@@ -9,6 +9,7 @@ __all__ = ['NOT_PROMOTED', 'registry', 'list_models_command', 'history_command',
 import json
 from pathlib import Path
 import click
+from ..core.environment import limit_mlflow
 
 # %% ../../nbs/lib/cli/00_registry.ipynb #515fe26f
 NOT_PROMOTED = 3 # Exit code
@@ -16,6 +17,7 @@ NOT_PROMOTED = 3 # Exit code
 @click.group()
 def registry():
     "Versions of the model: list them, promote one through the gate, go back, see who served when."
+    limit_mlflow()
 
 @registry.command('list')
 def list_models_command():
