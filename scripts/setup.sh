@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and test.sh: makes .venv from constraints.txt and activates it.
+# Sourced by quickstart.sh and test.sh: makes .venv from requirements.txt and activates it.
 # Nothing is installed when nothing changed, so a second run needs no network.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -10,12 +10,15 @@ say() { printf '\n== %s\n' "$*" >&2; }
 
 PYTHON=${PYTHON:-python3.11}
 command -v "$PYTHON" >/dev/null || { echo "Python 3.11 is needed (looked for $PYTHON; set PYTHON to another name)" >&2; exit 1; }
-stamp=$(cat settings.ini setup.py pyproject.toml constraints.txt | "$PYTHON" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+stamp=$(cat settings.ini setup.py pyproject.toml requirements.txt | "$PYTHON" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
 if [ "$(cat .venv/.installed 2>/dev/null)" != "$stamp" ]; then
     say "installing into .venv (a few minutes, about 6 GB)"
     [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-    .venv/bin/python -m pip install --quiet --upgrade 'pip>=25' >&2
-    .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' >&2
+    (
+        PATH="$PWD/.venv/bin:$PATH"
+        scripts/pip_locked.sh --quiet --requirement requirements.txt
+        python -m pip install --quiet --no-deps --no-build-isolation --editable .
+    ) >&2
     echo "$stamp" > .venv/.installed
 fi
 export PATH="$PWD/.venv/bin:$PATH"

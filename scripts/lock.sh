@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Lock every dependency: requirements.txt (with the hashes of all files) and constraints.txt (the same versions alone).
+# A version stays as long as settings.ini allows it. Arguments go to uv: --upgrade moves all, --upgrade-package NAME moves one.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH"
+# What installs and builds is locked like the rest. soupsieve wants 3.11.5; of a universal lock, any platform takes what is its own.
+printf 'pip\nsetuptools>=77\n' | uv pip compile --quiet --no-config --universal --python-version 3.11.5 --generate-hashes --no-annotate \
+    --custom-compile-command scripts/lock.sh --extra dev setup.py - --output-file requirements.txt "$@"
+{
+    echo "# The exact set that the tests last passed with (Python 3.11, Linux), for whoever installs an extra alone; scripts/lock.sh writes it."
+    sed -nE 's/^([a-z0-9].*[^ ]) *\\$/\1/p' requirements.txt
+} > constraints.txt
