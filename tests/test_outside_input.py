@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from rakuten_mm.data.image import InvalidImage, decode_image, load_pixels, open_image
+from rakuten_mm.data.text import clean_text, strip_tags
 
 
 def encoded(im:Image.Image, fmt:str, **kw)->bytes:
@@ -34,7 +35,7 @@ def pictures(side:int)->dict[str, bytes]:
     "Small files that say that they are large pictures."
     size,palette = (side, side), Image.new('P', (side, side))
     palette.putpalette([0, 0, 0, 255, 0, 0])
-    rgb,see_through = Image.new('RGB', size), Image.new('RGBA', size, (1, 2, 3, 100))
+    see_through = Image.new('RGBA', size, (1, 2, 3, 100))
     return {'PNG of 16 bits': encoded(Image.fromarray(np.full(size, 60_000, 'uint16')), 'PNG'),
             'PNG with alpha': encoded(see_through, 'PNG', compress_level=1),
             'PNG, grey with alpha': encoded(Image.new('LA', size, (1, 100)), 'PNG', compress_level=1),
@@ -50,7 +51,8 @@ def webp(side:int)->dict[str, bytes]:
     bits = side-1 | side-1 << 14
     whole = struct.pack('<I', 0x10)+(side-1).to_bytes(3, 'little')*2
     return {'WEBP': riff(b'VP8 ', b'\x10\x00\x00\x9d\x01\x2a'+struct.pack('<HH', side, side)+bytes(8)),
-            'WEBP lossless': riff(b'VP8L', b'/'+struct.pack('<I', bits)+bytes(9)), 'WEBP extended': riff(b'VP8X', whole)}
+            'WEBP lossless': riff(b'VP8L', b'/'+struct.pack('<I', bits)+bytes(9)),
+            'WEBP extended': riff(b'VP8X', whole)}
 
 
 def test_f59_pictures_cost_what_they_are_worth():
@@ -125,3 +127,40 @@ def test_f59_what_a_camera_says_is_read_without_its_parser():
             want = ImageOps.exif_transpose(whole).convert('RGB')
             assert decode_image(encoded(im, fmt, exif=exif, **kw)).tobytes() == want.tobytes(), (fmt, turn)
     assert load_pixels(open_image(encoded(im, 'PNG')), 8, 'L').mode == 'L'
+
+
+def texts(n:int)->dict[str, str]:
+    "Texts of `n` characters that are work for a parser."
+    fill = lambda s: (s*(n//len(s)+1))[:n]
+    parts = ['<', '<!--', '<a ', '<b><p>', '<div><p>x', '<table><tr><td>', '&', '&#', '&lt;b&gt;', '\n\t ', 'a\n',
+             '<svg><style>', 'e\u0301\u0327', 'Ã©', '\x1b[0m', '</p>', '<![CDATA[', '<?', '&ampamp', '&eacute', '<!']
+    return {p: fill(p) for p in parts} | {
+        'ampersands': '&'+'amp;'*(n//4-5)+'lt;b&gt;', 'numbers': '&'+'#38;'*(n//4), 'pairs': fill('&amp;amp;'),
+        'tags in tags': ''.join(f'<b id={i}><p>' for i in range(n//12)), 'spaces': 'a'+' '*n, 'marks': 'e'+'\u0301'*n,
+        'attributes': '<a '+' '.join(f'a{i}=1' for i in range(n//6))+'>'}
+
+
+def seconds_of(f, *args)->float:
+    "CPU time of a call, the better of two."
+    took = []
+    for _ in range(2):
+        start = time.process_time(); f(*args)
+        took.append(time.process_time()-start)
+    return min(took)
+
+
+def test_f60_texts_are_cleaned_in_linear_time():
+    "About 20 ms for 20,000 characters, up to 1.9 s before; a million are cut first."
+    clean_text('Ã© <b>x</b>')
+    for n,limit in ((20_000, .1), (1_000_000, .1)):
+        for name,s in texts(n).items(): assert seconds_of(clean_text, s) < limit, (name, n)
+    assert seconds_of(strip_tags, texts(1_000_000)['tags in tags']) < 1
+    for s in texts(20_000).values(): assert clean_text(once := clean_text(s)) == once
+
+
+def test_f60_what_was_escaped_more_than_once_is_still_read():
+    for depth in (1, 2, 3, 7, 8, 9, 30, 2_000):
+        assert clean_text(f"a &{'amp;'*depth}eacute; b &{'amp;'*depth} c") == 'a é b & c', depth
+    assert clean_text('&amp;amp;lt;b&amp;gt;Lot&lt;/b&gt; de 3 &amp;eacute;charpes') == 'Lot de 3 écharpes'
+    assert clean_text('Vélo\n&EACUTE;lectrique Â· grÃ¢ce') == 'Vélo Électrique · grâce'
+    assert clean_text('<ul>'+'<li>un <b>lot</b></li>'*400+'</ul>') == ' '.join(['un lot']*400)
