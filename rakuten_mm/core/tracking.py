@@ -18,6 +18,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.tracking._tracking_service import utils
 from .config import TrainConfig
 from .environment import artifacts_dir
 from .process import identity_of
@@ -75,6 +76,7 @@ def relocate(
         for table,col in ADDRESSES:
             c.execute(f'update {table} set {col} = ? || substr({col}, ?) where substr({col}, 1, ?) = ?',
                       (new, len(old)+1, len(old), old))
+    utils._artifact_repos_cache.clear()  # where this process has found the files of a run before
 
 # %% ../../nbs/lib/core/04_tracking.ipynb #0b5a0005
 def mlflow_client()->MlflowClient:
