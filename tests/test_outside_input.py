@@ -1,15 +1,37 @@
 "What strangers send costs no more than it is worth: pictures, texts, files of a delivery, names."
 import io
+import json
+import math
+import os
+import shutil
+import socket
+import stat
 import struct
+import tempfile
 import time
 import zlib
+from contextlib import chdir
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
+import pytest
 from PIL import Image, ImageOps
 
+from rakuten_mm.core import process
+from rakuten_mm.core.files import sha256_file, write_atomic, write_csv
+from rakuten_mm.core.process import cpu_quota
+from rakuten_mm.data.dataset import Dataset, damaged_images, versions
+from rakuten_mm.data.feedback import Correction, write_csv_rows, write_delivery
 from rakuten_mm.data.image import InvalidImage, decode_image, load_pixels, open_image
+from rakuten_mm.data.ingestion import ingest
+from rakuten_mm.data.schema import RawDataError, image_name, records
 from rakuten_mm.data.text import clean_text, strip_tags
+from rakuten_mm.models.batch_inference import prepare_row
+from rakuten_mm.models.predictor import Prepared
+from rakuten_mm.synthetic.catalogue import synthesize
 
 
 def encoded(im:Image.Image, fmt:str, **kw)->bytes:
@@ -164,3 +186,180 @@ def test_f60_what_was_escaped_more_than_once_is_still_read():
     assert clean_text('&amp;amp;lt;b&amp;gt;Lot&lt;/b&gt; de 3 &amp;eacute;charpes') == 'Lot de 3 écharpes'
     assert clean_text('Vélo\n&EACUTE;lectrique Â· grÃ¢ce') == 'Vélo Électrique · grâce'
     assert clean_text('<ul>'+'<li>un <b>lot</b></li>'*400+'</ul>') == ' '.join(['un lot']*400)
+
+
+# -- 66: what is no picture --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def raw(tmp_path_factory):
+    return synthesize(tmp_path_factory.mktemp('outside')/'raw', 200, 0, image_size=48, total=400, progress=False)
+
+
+@pytest.fixture
+def copy(raw, tmp_path):
+    "A delivery to spoil."
+    return shutil.copytree(raw, tmp_path/'raw')
+
+
+def no_pictures(folder:Path)->dict[str, Path]:
+    "Whatever else can have a name in a folder."
+    folder.mkdir()
+    out = {k: folder/k for k in ('pipe', 'sparse', 'folder', 'dangling', 'loop', 'device', 'socket', 'endless')}
+    os.mkfifo(out['pipe']); out['folder'].mkdir()
+    with out['sparse'].open('wb') as f: f.truncate(3_000_000_000)
+    out['dangling'].symlink_to('nowhere'); out['loop'].symlink_to('loop')
+    out['device'].symlink_to('/dev/zero'); out['endless'].symlink_to('/proc/self/mem')
+    with socket.socket(socket.AF_UNIX) as s, chdir(folder): s.bind('socket')
+    return out
+
+
+def put(path:Path, dest:Path):
+    "Move it; a link to itself is one there too."
+    path.rename(dest)
+    if path.name == 'loop': dest.unlink(); dest.symlink_to(dest.name)
+
+
+def test_f66_a_picture_is_refused_by_what_it_is(copy, tmp_path):
+    "One line each in the quarantine, no bytes read, and no waiting for a pipe."
+    images = sorted((copy/'images'/'image_train').iterdir())
+    for old,new in zip(images, no_pictures(tmp_path/'odd').values(), strict=False): old.unlink(); put(new, old)
+    before = peak_mb()
+    data = ingest(copy, tmp_path/'data', max_quarantine=.1, progress=False)
+    q = data.quarantine
+    assert q.reason.value_counts().to_dict() == {'image_invalid': 7, 'image_missing': 1}
+    details = ' '.join(q.detail)
+    assert details.count('not a regular file') == 4 and '3,000,000,000 bytes, more than' in details
+    assert len(data.products) == 192 and peak_mb()-before < 500
+    assert len(ingest(copy, tmp_path/'data', max_quarantine=.1, progress=False).products) == 192  # nothing new
+
+
+def test_f66_beside_a_products_file(tmp_path):
+    "What a listing has instead of a picture costs this listing its picture, and the file nothing."
+    seen = []
+    class Model:
+        net = SimpleNamespace(image=True)
+        def prepare(self, designation, description, data=None):
+            seen.append(data)
+            return Prepared(designation)
+    for name,path in no_pictures(tmp_path/'odd').items():
+        put(path, path.with_name(image_name(1, 2)))
+        row = SimpleNamespace(designation='Lot', description='', imageid=1, productid=2)
+        p,problem = prepare_row(Model(), row, tmp_path/'odd')
+        assert p.title == 'Lot' and problem == ('missing' if name == 'dangling' else 'invalid'), name
+        path = path.with_name(image_name(1, 2))
+        path.rmdir() if name == 'folder' else path.unlink()
+    assert seen == [None]*8
+
+
+def test_f66_tables_are_files(copy, tmp_path):
+    for name in ('classes.csv', 'X_train_update.csv', 'corrections.csv'):
+        path,kept = copy/name, (copy/name).read_bytes() if (copy/name).exists() else None
+        path.unlink(missing_ok=True); os.mkfifo(path)
+        with pytest.raises(RawDataError, match=f'{name}: not a regular file'):
+            ingest(copy, tmp_path/'data', progress=False)
+        path.unlink()
+        if kept: path.write_bytes(kept)
+
+
+# -- 67: cores ---------------------------------------------------------------------------------------------------------
+
+def test_f67_a_quota_limits_threads(tmp_path, monkeypatch):
+    "Both layouts of control groups; the narrowest on the way to the process counts, rounded up."
+    def quota(groups:str, **files)->float:
+        root = Path(tempfile.mkdtemp(dir=tmp_path))
+        for name,text in files.items():
+            p = root/name.replace('__', '/').replace('cpu_', 'cpu.', 1); p.parent.mkdir(parents=True, exist_ok=True)
+            p.write_text(text)
+        (root/'self').write_text(groups)
+        return cpu_quota(root, root/'self')
+    assert quota('0::/\n', cpu_max='400000 100000\n') == 4
+    assert quota('0::/a/b\n', a__cpu_max='150000 100000', a__b__cpu_max='max 100000') == 1.5
+    assert quota('0::/a/b\n', cpu_max='max 100000', a__cpu_max='800000 100000', a__b__cpu_max='20000 100000') == .2
+    assert quota('0::/a\n', a__cpu_max='max 100000', b__cpu_max='1000 100000') == math.inf
+    assert quota('0::/../x\n', cpu_max='200000 100000') == 2
+    v1 = dict(cpu__d__cpu_cfs_period_us='100000')
+    v1 = {k.replace('cpu__d__cpu_', 'cpu__d__cpu.'): v for k,v in v1.items()}
+    assert quota('5:memory:/m\n4:cpu,cpuacct:/d\n', **v1, **{'cpu__d__cpu.cfs_quota_us': '250000'}) == 2.5
+    assert quota('4:cpu:/d\n', **v1, **{'cpu__d__cpu.cfs_quota_us': '-1'}) == math.inf
+    assert quota('', cpu_max='nonsense') == quota('nonsense') == math.inf
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(64)), raising=False)
+    for cores,threads in ((math.inf, 64), (4., 4), (2.5, 3), (.1, 1), (100., 64)):
+        monkeypatch.setattr(process, 'cpu_quota', lambda c=cores: c)
+        assert process.n_threads() == threads and process.n_threads(7) == 7
+
+
+# -- 74: who may read --------------------------------------------------------------------------------------------------
+
+def test_f74_the_umask_and_what_is_private(tmp_path):
+    mode = lambda p: stat.S_IMODE(p.stat().st_mode)
+    old = os.umask(0)
+    try:
+        for mask in (0o022, 0o027, 0o077, 0o002):
+            os.umask(mask)
+            home = tmp_path/f'{mask:o}'
+            write_atomic(home/'a', b''); write_atomic(home/'b', b'', private=True)
+            write_atomic(home/'p'/'c', b'', private=True)
+            assert (mode(home/'a'), mode(home/'b'), mode(home/'p'/'c')) == (0o666 & ~mask, 0o600, 0o600)
+            assert (mode(home), mode(home/'p')) == (0o777 & ~mask, 0o700) and os.umask(mask) == mask
+    finally: os.umask(old)
+
+
+def test_f74_a_dataset_can_be_shared_and_answers_cannot(raw, tmp_path):
+    old = os.umask(0o027)
+    try: data = ingest(raw, tmp_path/'data', progress=False)
+    finally: os.umask(old)
+    modes = {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path/'data'/'versions').rglob('*') if p.is_file()}
+    assert modes == {0o640} and stat.S_IMODE(data.folder.stat().st_mode) == 0o750
+    spoken = datetime.now(UTC)
+    picture = data.images_dir/data.products.image[0]
+    said = [Correction('a', 'b', spoken, spoken, 10, 10, 'Lot\r', 'un\rdeux\r\n', picture)]
+    write_delivery(said, None, tmp_path/'out')
+    for p in [tmp_path/'out', *(tmp_path/'out').rglob('*')]:
+        assert stat.S_IMODE(p.stat().st_mode) == (0o700 if p.is_dir() else 0o600), p
+
+
+def test_f72_a_lone_carriage_return_stays_in_its_record(tmp_path):
+    "In what reviewers said, read back by the ingestion, and in what goes to spreadsheets."
+    titles = ['abc\r', '\rabc', 'a\rb', 'a\r\nb', 'a"\rb', 'plain', 'a, b']
+    write_csv_rows(tmp_path/'x.csv', ['', 'designation'], [[i, t] for i,t in enumerate(titles)])
+    back = [f for _,f,why in records(tmp_path/'x.csv') if not why]
+    assert back == [['', 'designation'], *([str(i), t] for i,t in enumerate(titles))]
+    write_csv(pd.DataFrame(dict(id=range(7), title=titles)), tmp_path/'y.csv')
+    assert [f[0] for _,f,why in records(tmp_path/'y.csv') if not why] == ['id', *map(str, range(7))]
+
+
+# -- 76: a version is what its name says -------------------------------------------------------------------------------
+
+def test_f76_labels_and_manifest_changed_together(raw, tmp_path):
+    data = ingest(raw, tmp_path/'data', progress=False)
+    path,manifest = data.folder/'index.parquet', data.folder/'manifest.json'
+    text,sha = manifest.read_text(), sha256_file(path)
+    data.index.assign(prdtypecode=10).to_parquet(path, index=False)
+    with pytest.raises(ValueError, match='does not match its manifest'): Dataset.open(tmp_path/'data')
+    manifest.write_text(text.replace(sha, sha256_file(path)))
+    with pytest.raises(ValueError, match='was changed: a version is named by the hash'): Dataset.open(tmp_path/'data')
+    other = {**json.loads(manifest.read_text()), 'version': 'f'*16}
+    manifest.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match='was changed'): Dataset.open(tmp_path/'data')
+    for torn in ('[]', text[:40], ''):
+        manifest.write_text(torn)
+        with pytest.raises(ValueError, match='is damaged'): Dataset.open(tmp_path/'data')
+
+
+def test_f76_a_torn_manifest_of_another_version(copy, tmp_path):
+    "It is left out, and said; the ingestion goes on. Pictures are compared with their names when asked for."
+    first = ingest(copy, tmp_path/'data', progress=False)
+    x = pd.read_csv(copy/'X_train_update.csv', dtype=str, keep_default_na=False)
+    def deliver(title): x.assign(designation=[title, *x.designation[1:]]).to_csv(copy/'X_train_update.csv', index=False)
+    deliver('Another title'); second = ingest(copy, tmp_path/'data', progress=False)
+    for torn in ('{"version": "ab', '', '{}', '[1]'):
+        (first.folder/'manifest.json').write_text(torn)
+        with pytest.warns(UserWarning, match='is damaged; this version is left out'): rest = versions(tmp_path/'data')
+        assert first.folder.name not in rest
+    deliver('A third title'); third = ingest(copy, tmp_path/'data', progress=False)
+    assert third.manifest['parent'] == second.folder.name
+    assert damaged_images(third) == []
+    a,b = [third.images_dir/n for n in sorted({*third.products.image})[:2]]
+    a.write_bytes(a.read_bytes()[:-1]+b'?'); b.unlink()
+    assert [s.split(' ', 1)[1] for s in damaged_images(third)] == ['is not the picture that it was',
+                                                                    'cannot be read: No such file or directory']

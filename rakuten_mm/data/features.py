@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from ..core.process import leave_with_parent, n_threads
 from .near_duplicates import image_hashes, signature, text_code, normalised_words
-from .image import THUMBNAIL, InvalidImage, content_box, load_pixels, open_image, thumbnail
+from .image import THUMBNAIL, InvalidImage, content_box, load_pixels, open_image, read_image, thumbnail
 from .text import text_features
 
 # %% ../../nbs/lib/data/06_features.ipynb #a6dba7f1
@@ -50,7 +50,7 @@ def check_image(
     white = np.full((THUMBNAIL, THUMBNAIL), 255, 'uint8')
     bad = lambda why: (dict(image='', image_error=why, width=0, height=0), white)
     try:
-        data = Path(path).read_bytes()
+        data = read_image(path)
         im = open_image(data); width,height = im.size
         thumb = thumbnail(load_pixels(im, 3*THUMBNAIL, 'L'))
     except FileNotFoundError: return bad('missing')

@@ -94,9 +94,9 @@ def partition(
 
 # %% ../../nbs/lib/data/13_feedback.ipynb #a868909e
 def write_csv_rows(path:Path, header:list[str], rows):
-    "Write a CSV file as the challenge does."
+    "Write a CSV file as the challenge does; all texts are quoted, since a lone carriage return would not be."
     with path.open('w', encoding='utf-8', newline='') as f:
-        out = csv.writer(f, lineterminator='\n')
+        out = csv.writer(f, lineterminator='\n', quoting=csv.QUOTE_NONNUMERIC)
         out.writerow(header); out.writerows(rows)
 
 # %% ../../nbs/lib/data/13_feedback.ipynb #5a3eb208
@@ -110,7 +110,7 @@ def write_delivery(
     dest = Path(dest); stage = dest.with_name(f'.{dest.name}-{os.getpid()}')
     shutil.rmtree(stage, ignore_errors=True); shutil.rmtree(dest, ignore_errors=True)
     if not counts.used: return counts
-    stage.mkdir(parents=True)
+    stage.mkdir(0o700, parents=True)  # what people asked about is nobody else's business
     if known:
         write_csv_rows(stage/'corrections.csv', ['productid', 'prdtypecode', 'source', 'time'],
                        [[p, c.prdtypecode, 'review', c.said_at.isoformat()] for p,c in known])
@@ -121,6 +121,7 @@ def write_delivery(
         for (*_,p,m),c in zip(rows, new, strict=True): shutil.copyfile(str(c.image), images_dir/image_name(m, p))
         write_csv_rows(stage/'X_train_update.csv', ['', 'designation', 'description', 'productid', 'imageid'], rows)
         write_csv_rows(stage/'Y_train_CVw08PX.csv', ['', 'prdtypecode'], [[i, c.prdtypecode] for i,c in enumerate(new)])
+    for p in stage.rglob('*'): p.chmod(0o700 if p.is_dir() else 0o600)
     stage.rename(dest)
     return counts
 

@@ -59,7 +59,7 @@ def lean_jpeg(data:bytes)->tuple[bytes, dict]: # The picture; and exif, xmp, sca
     scans = [start for code,start,_ in parts if code == _SCAN]
     if any(code in _RARE for code,*_ in parts):
         raise InvalidImage('a JPEG that is neither baseline nor progressive; save it as one of these')
-    if not scans: raise InvalidImage('damaged: the file ends before the picture begins')
+    if not scans: raise InvalidImage('truncated: the file ends before the picture begins')
     head = [(code, data[start:end]) for code,start,end in parts if start < scans[0]]
     tables = [part for code,part in head if code in _NEEDED]
     if sum(map(len, tables)) > MAX_TABLES: raise InvalidImage('damaged: its tables are too large')

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 import numpy as np, pandas as pd
-from ..core.files import sha256_file
+from ..core.files import check_regular, sha256_file
 from .features import Checker, start_check
 from .schema import QUARANTINE, REASONS, X_COLUMNS, RawDataError, find_one, image_name
 from .schema import image_schema, label_schema, listing_schema, once, read_chunks, validate
@@ -44,7 +44,11 @@ def find_delivery(
     x,y = (find_one(raw_dir, f'{c}_train*.csv') for c in 'XY') if listings else (None, None)
     if x and not images_dir.is_dir():
         raise RawDataError(f'{raw_dir}: no folder images/image_train; the images are missing')
-    return Delivery(x, y, optional('classes.csv'), corrections, images_dir)
+    delivery = Delivery(x, y, optional('classes.csv'), corrections, images_dir)
+    for p in delivery.tables:
+        try: check_regular(p)
+        except OSError as e: raise RawDataError(f'{p}: {e}; put the table itself there') from None
+    return delivery
 
 # %% ../../nbs/lib/data/08_parsing.ipynb #28e4d3c3
 def make_receipt(
@@ -56,8 +60,9 @@ def make_receipt(
     h = hashlib.blake2b(json.dumps(known).encode(), digest_size=16)
     if delivery.x:
         with os.scandir(delivery.images_dir) as entries:
-            stats = [(e.name, s.st_size, s.st_mtime_ns) for e in entries if (s := e.stat())]
-        for name,size,mtime in sorted(stats): h.update(f'{name}\0{size}\0{mtime}\n'.encode('utf-8', 'surrogateescape'))
+            found = [(e.name, e.stat(follow_symlinks=not e.is_symlink() or Path(e).exists())) for e in entries]
+        for name,s in sorted(found, key=lambda f: f[0]):
+            h.update(f'{name}\0{s.st_size}\0{s.st_mtime_ns}\n'.encode('utf-8', 'surrogateescape'))
     return h.digest()
 
 # %% ../../nbs/lib/data/08_parsing.ipynb #84eed737

@@ -32,8 +32,10 @@ def strip_tags(
 
 # %% ../../nbs/lib/data/02_text.ipynb #ab9e760c
 _AMPERSANDS = re.compile('&(?:amp;?|#0{0,5}38;?|#x0{0,5}26;?){8,}', re.IGNORECASE)  # deeper than any export goes
-_FIXES:list[Callable[[str], str]] = [lambda s: s if '<' in s else fixes.unescape_html(s), ftfy.fix_encoding, fixes.fix_c1_controls, fixes.fix_latin_ligatures, fixes.fix_character_width,
-          fixes.uncurl_quotes, fixes.remove_control_chars, lambda s: unicodedata.normalize('NFC', s)]
+_FIXES:list[Callable[[str], str]] = [
+    lambda s: s if '<' in s else fixes.unescape_html(s), ftfy.fix_encoding, fixes.fix_c1_controls,
+    fixes.fix_latin_ligatures, fixes.fix_character_width, fixes.uncurl_quotes, fixes.remove_control_chars,
+    lambda s: unicodedata.normalize('NFC', s)]
 
 def undo_mojibake(
     s:str # One line

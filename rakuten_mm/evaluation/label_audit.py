@@ -104,7 +104,7 @@ def write_audit(
     s = found[found.suspect].head(top)
     table = s[['productid']].assign(prdtypecode=s.suggested, source=source, time=stamp)
     table = table.join(s.drop(columns=['productid', 'suspect', 'reviewed']))
-    write_csv(table.round(dict(p_given=4, p_suggested=4, quality=4)), path)
+    write_csv(table.round(dict(p_given=4, p_suggested=4, quality=4)), path, private=True)
     return table
 
 # %% ../../nbs/lib/evaluation/05_label_audit.ipynb #8a8ddab0

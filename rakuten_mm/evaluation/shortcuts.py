@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 from tqdm import tqdm
-from ..data.image import decode_image, to_square
+from ..data.image import decode_image, read_image, to_square
 from ..data.leakage import IDS
 from ..data.text import strip_tags
 from .scores import targets_of
@@ -58,7 +58,7 @@ def crop_padding(
     size:int, # Side in pixels
 )->np.ndarray: # (size, size, 3) uint8
     "Crop an image to its content and square it; one without content stays whole. Raises `InvalidImage`."
-    im = decode_image(Path(path).read_bytes())
+    im = decode_image(read_image(path))
     left,top,right,bottom = np.array(box, dtype=float)*(im.size+im.size)
     if right > left and bottom > top: im = im.crop((int(left), int(top), int(np.ceil(right)), int(np.ceil(bottom))))
     return to_square(im, size)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..core.process import n_threads
 from ..core.files import write_csv
 from .embeddings import ahead
-from ..data.image import InvalidImage
+from ..data.image import InvalidImage, read_image
 from .predictor import Prediction, Predictor, Prepared
 from ..data.schema import image_name, read_listings
 from .manifest import open_bundle
@@ -25,8 +25,10 @@ def prepare_row(
 )->tuple[Prepared, str]: # The listing, and `missing`, `invalid`, `empty` or ``
     "A listing of a products file, as good as it can be had."
     path,problem,data = images/image_name(row.imageid, row.productid), '', None
-    if model.net.image and not path.exists(): problem = 'missing'
-    elif model.net.image: data = path.read_bytes()
+    if model.net.image:
+        try: data = read_image(path)
+        except FileNotFoundError: problem = 'missing'
+        except (InvalidImage, OSError): problem = 'invalid'
     try: return model.prepare(row.designation, row.description, data), problem
     except InvalidImage: problem = 'invalid'
     except ValueError: return Prepared(), 'empty'

@@ -54,8 +54,8 @@ def add(self:EmbeddingStore,
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, t.schema) as w: w.write_table(t)
     name = hashlib.sha256('\n'.join(keys).encode()).hexdigest()[:16]
-    self.folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(self.folder/f'{name}.arrow', sink.getvalue().to_pybytes())
+    self.folder.mkdir(0o700, parents=True, exist_ok=True)
+    write_atomic(self.folder/f'{name}.arrow', sink.getvalue().to_pybytes(), private=True)
     self.open(self.folder/f'{name}.arrow')
 
 # %% ../../nbs/lib/models/04_embeddings.ipynb #28cf57b3
