@@ -1,8 +1,10 @@
 "What strangers send costs no more than it is worth: pictures, texts, files of a delivery, names."
+import html
 import io
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import stat
@@ -15,20 +17,37 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
+from nbconvert.filters.markdown import markdown2html
 from PIL import Image, ImageOps
 
-from rakuten_mm.core import process
+from rakuten_mm.core import environment, process, tracking
+from rakuten_mm.core.display import as_label, as_markdown, as_table, attempt
 from rakuten_mm.core.files import sha256_file, write_atomic, write_csv
 from rakuten_mm.core.process import cpu_quota
+from rakuten_mm.data import diff as diff_module
+from rakuten_mm.data import ingestion_report, leakage
 from rakuten_mm.data.dataset import Dataset, damaged_images, versions
+from rakuten_mm.data.diff import diff
 from rakuten_mm.data.feedback import Correction, write_csv_rows, write_delivery
 from rakuten_mm.data.image import InvalidImage, decode_image, load_pixels, open_image
 from rakuten_mm.data.ingestion import ingest
+from rakuten_mm.data.ingestion_report import (
+    arrivals,
+    class_mix,
+    language_shares,
+    largest_groups,
+    missing_descriptions_figure,
+    refusals,
+    sample_figure,
+)
 from rakuten_mm.data.schema import RawDataError, image_name, records
 from rakuten_mm.data.text import clean_text, strip_tags
+from rakuten_mm.evaluation.model_card import name_classes
 from rakuten_mm.models.batch_inference import prepare_row
 from rakuten_mm.models.predictor import Prepared
 from rakuten_mm.synthetic.catalogue import synthesize
@@ -363,3 +382,69 @@ def test_f76_a_torn_manifest_of_another_version(copy, tmp_path):
     a.write_bytes(a.read_bytes()[:-1]+b'?'); b.unlink()
     assert [s.split(' ', 1)[1] for s in damaged_images(third)] == ['is not the picture that it was',
                                                                     'cannot be read: No such file or directory']
+
+
+# -- 71: names and titles on pages -------------------------------------------------------------------------------------
+
+HOSTILE = ['<img src=x onerror=alert(1)>', '[x](javascript:alert(1))', '$x_{$', '`a` | *b*', '=1+1', '$$', '5 $ <b>']
+
+
+def test_f71_no_table_sentence_or_figure_runs_what_it_shows():
+    import matplotlib.pyplot as plt
+    for s in HOSTILE:
+        table = pd.DataFrame({'name': [s], s: [.5]}, index=[s])
+        for shown in (as_table(table, precision=1), as_table(table, {'name': str.upper}), as_table(table, index=False)):
+            assert not {'<img', '<IMG', '<b>', '<B>'} & {*re.findall(r'<\w+>?', shown.to_html())}, s
+        assert markdown2html(as_markdown(s)).strip() == f'<p>{html.escape(s, quote=False)}</p>'
+        fig,ax = plt.subplots(); plt.close(fig)
+        ax.set_title(as_label(s)); ax.set_xticks([0], [as_label(s)])
+        fig.draw_without_rendering()
+
+
+@pytest.fixture
+def hostile(copy):
+    "A delivery whose categories and titles are code."
+    codes = pd.read_csv(copy/'Y_train_CVw08PX.csv').prdtypecode.unique()
+    labels = [HOSTILE[i%len(HOSTILE)] for i in range(len(codes))]
+    pd.DataFrame(dict(prdtypecode=codes, label=labels)).to_csv(copy/'classes.csv', index=False)
+    x = pd.read_csv(copy/'X_train_update.csv', dtype=str, keep_default_na=False)
+    x['designation'] = [f'{t} {HOSTILE[i%len(HOSTILE)]}' for i,t in enumerate(x.designation)]
+    x.loc[0, 'designation'] = ''; x.to_csv(copy/'X_train_update.csv', index=False)
+    return copy
+
+
+def test_f71_the_report_of_a_hostile_delivery(hostile, tmp_path):
+    data = ingest(hostile, tmp_path/'data', progress=False)
+    assert {HOSTILE[0], HOSTILE[2]} <= {*data.manifest['names'].values()}
+    for f in (missing_descriptions_figure, sample_figure): f(data).draw_without_rendering()
+    pages = [class_mix(data), class_mix(data, diff(data, data)), arrivals(data), refusals(data), largest_groups(data),
+             language_shares(data)]
+    for p in pages: assert not re.search('<img|<b>', p.to_html()), p
+    report = pd.DataFrame(dict(prdtypecode=range(7), name=HOSTILE))
+    page = markdown2html(name_classes(report, [1]*7, 7))
+    assert not re.search('<(img|b|a|code|em)[ >]', page)
+
+
+def test_f71_a_report_that_cannot_be_made_fails_nothing(hostile, tmp_path, monkeypatch):
+    "All cells of the run notebook, executed in order, with every part of the report broken."
+    for f in ('arrivals', 'refusals', 'class_mix', 'language_shares', 'largest_groups', 'sample_figure',
+              'missing_descriptions_figure'):
+        monkeypatch.setattr(ingestion_report, f, lambda *a, f=f: {}[f])
+    monkeypatch.setattr(leakage, 'leak_report', lambda *a: 1/0)
+    monkeypatch.setattr(diff_module, 'diff', lambda *a: 1/0)
+    monkeypatch.setattr(tracking, 'mlflow_client', lambda *a: 1/0)
+    monkeypatch.setattr(environment, 'load_environment', lambda *a: None)
+    out = dict(raw_dir=str(hostile), data_dir=str(tmp_path/'data'), out_dir=str(tmp_path/'out'), run_id='abc')
+    with chdir(tmp_path):
+        for c in nbformat.read(ROOT/'nbs'/'runs'/'ingest.ipynb', 4).cells:
+            if c.cell_type == 'code': exec(c.source, out)
+            if 'parameters' in c.metadata.get('tags', []): out |= dict(
+                raw_dir=str(hostile), data_dir=str(tmp_path/'data'), out_dir=str(tmp_path/'out'), run_id='abc')
+    assert json.loads((tmp_path/'out'/'result.json').read_text())['new'] is True
+    assert attempt(lambda: 1/0) == 'This part could not be made: ZeroDivisionError: division by zero'
+
+
+def test_f71_no_run_notebook_goes_round_the_escaping():
+    for p in sorted((ROOT/'nbs'/'runs').glob('*.ipynb')):
+        code = '\n'.join(c.source for c in nbformat.read(p, 4).cells if c.cell_type == 'code')
+        assert not re.search(r'\.style\b|to_html|HTML\(|set_title\(f|\.(text|annotate)\(', code), p.name

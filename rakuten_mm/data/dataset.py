@@ -50,7 +50,8 @@ def versions(
     for p in Path(data_dir).glob('versions/*/manifest.json'):
         try: m = json.loads(p.read_text(encoding='utf-8')); found.append((m['generation'], m['version']))
         except (OSError, ValueError, KeyError, TypeError):
-            warnings.warn(f'{p} is damaged; this version is left out. Restore the file, or remove its folder', stacklevel=2)
+            warnings.warn(f'{p} is damaged; this version is left out. Restore the file, or remove its folder',
+                          stacklevel=2)
     return [name for _,name in sorted(found)]
 
 # %% ../../nbs/lib/data/07_dataset.ipynb #bedb9a28

@@ -7,6 +7,7 @@ __all__ = ['model_facts', 'class_sizes', 'name_classes', 'use_and_limits']
 
 # %% ../../nbs/lib/evaluation/03_model_card.ipynb #39f50c4a
 import pandas as pd
+from ..core.display import as_markdown
 from ..data.dataset import Dataset
 from ..models.predictor import Predictor
 
@@ -42,8 +43,9 @@ def name_classes(
     values:list, # What to say about each
     n:int = 3, # The first so many
 )->str:
-    "List classes with a value for each, e.g. `10 Livres (0.87), 40 (0.91)`."
-    named = [f'{c}' if str(s) == str(c) else f'{c} {s}' for c,s in zip(report.prdtypecode, report.name, strict=True)]
+    "List classes with a value for each as Markdown, e.g. `10 Livres (0.87), 40 (0.91)`."
+    known = zip(report.prdtypecode, report.name, strict=True)
+    named = [f'{c}' if str(s) == str(c) else f'{c} {as_markdown(s)}' for c,s in known]
     return ', '.join(f'{s} ({v})' for s,v in [*zip(named, values, strict=True)][:n])
 
 # %% ../../nbs/lib/evaluation/03_model_card.ipynb #25288af9
