@@ -7,21 +7,36 @@ from serving.errors import Refused
 
 
 class AdmissionControl:
-    "Counts listings that are worked on or wait, and turns away those beyond a limit."
-    def __init__(self, limit:int):
+    "Counts listings that are worked on or wait, and the bytes they came in, and turns away those beyond a limit."
+    def __init__(self,
+        limit:int, # Listings
+        max_bytes:int, # Of bodies
+    ):
         self.limit,self.taken,self.done = limit, 0, 0
+        self.max_bytes,self.bytes = max_bytes, 0
         self.rate,self.since = 20., time.monotonic() # Listings that leave in a second, of late
 
     def take(self, n:int=1):
         "Let `n` listings in; raises 503 if there is no room."
         if self.taken+n > self.limit:
-            raise Refused(503, f'{self.taken} listings are being worked on, the limit is {self.limit}; try again',
-                          headers={'Retry-After': str(self.wait())})
+            raise self.full(f'{self.taken} listings are being worked on, the limit is {self.limit}')
         self.taken += n; metrics.IN_FLIGHT.set(self.taken)
 
-    def leave(self, n:int=1):
-        "Give the room of `n` listings back."
+    def take_bytes(self, n:int):
+        "Let `n` bytes of a body in; raises 503 if there is no room."
+        if self.bytes+n > self.max_bytes: raise self.full(f'{self.max_bytes:,} bytes are held already')
+        self.bytes += n; metrics.BYTES.set(self.bytes)
+
+    def full(self, why:str)->Refused:
+        return Refused(503, f'{why}; try again', headers={'Retry-After': str(self.wait())})
+
+    def leave(self,
+        n:int = 1, # Listings
+        size:int = 0, # Bytes
+    ):
+        "Give the room of `n` listings and of their bytes back."
         self.taken -= n; metrics.IN_FLIGHT.set(self.taken)
+        self.bytes -= size; metrics.BYTES.set(self.bytes)
         self.done += n; now = time.monotonic()
         if now-self.since > 1: self.rate,self.since,self.done = max(self.done/(now-self.since), 1.), now, 0
 

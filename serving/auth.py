@@ -8,19 +8,22 @@ import asyncio
 import base64
 import binascii
 import hmac
+import math
 import os
 import re
 import secrets
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import jwt
 from argon2 import PasswordHasher
 from argon2.exceptions import Argon2Error, InvalidHashError
-from limits import RateLimitItem, parse
-from limits.storage import MemoryStorage
-from limits.strategies import FixedWindowRateLimiter
+from cachetools import TTLCache
+from limits import parse
+from sqlalchemy.exc import SQLAlchemyError
 
 from rakuten_mm.api import ROLES, role_allows
 from serving.config import ServeConfig
@@ -29,6 +32,11 @@ from serving.store import Store, User
 
 CHALLENGE = {'WWW-Authenticate': 'Basic realm="rakuten-mm", charset="UTF-8", Bearer'}
 NAME = re.compile(r'[A-Za-z0-9_.@-]{1,64}')
+MIN_PASSWORD = 12 # Characters
+CHECKS = 2 # Passwords that are checked at one time: each takes a core and 64 MB
+NEIGHBOURS = 10 # An address may send so many times as many wrong credentials as one of its users
+LEEWAY_S = 30 # Between the clocks of two servers that share a secret
+READ_S = 5 # Between two looks at the users of the database
 hasher = PasswordHasher()
 
 
@@ -53,7 +61,8 @@ def add_user(
 ):
     "Add a user, or change one; raises `ValueError`."
     if not NAME.fullmatch(name): raise ValueError(f'{name!r} is no user name: up to 64 letters, digits and _ . @ -')
-    if len(password) < 12: raise ValueError('a password has at least 12 characters')
+    if name == os.environ.get('API_USERNAME'): raise ValueError(f'{name} is the user of API_USERNAME; choose another')
+    if len(password) < MIN_PASSWORD: raise ValueError(f'a password has at least {MIN_PASSWORD} characters')
     if role not in ROLES: raise ValueError(f"there is no role {role!r}; choose {', '.join(ROLES)}")
     store.put_user(name, hasher.hash(password), role)
 
@@ -62,6 +71,28 @@ def verify_password(stored:str, password:bytes)->bool:
     "Compare a password with its hash."
     try: return hasher.verify(stored, password)
     except (Argon2Error, InvalidHashError): return False
+
+
+class RateLimit:
+    "So many hits in a window of time, by a clock that nobody sets back."
+    def __init__(self,
+        limit:str, # e.g. 30/minute
+        times:int = 1, # So many times as much
+    ):
+        item = parse(limit)
+        self.amount,self.window = times*item.amount, item.get_expiry()
+        self.seen:TTLCache = TTLCache(100_000, self.window, time.monotonic)
+
+    def hit(self, *who:str, message:str):
+        "Count a hit; raises 429 if `who` has too many."
+        hits = self.seen.setdefault(who, [time.monotonic(), 0])
+        hits[1] += 1
+        wait = max(1, math.ceil(hits[0]+self.window-time.monotonic()))
+        if hits[1] > self.amount: raise Refused(429, message, headers={'Retry-After': str(wait)})
+
+    def take_back(self, *who:str):
+        "Do not count the last hit after all."
+        if who in self.seen: self.seen[who][1] -= 1
 
 
 class Authenticator:
@@ -74,38 +105,53 @@ class Authenticator:
     ):
         if bool(user) != bool(password): raise MissingPassword('set API_USERNAME and API_PASSWORD, both or neither')
         if ':' in user: raise MissingPassword('API_USERNAME must not contain a colon: it ends the name in HTTP Basic')
+        if user and len(password) < MIN_PASSWORD:
+            raise MissingPassword(f'API_PASSWORD has fewer than {MIN_PASSWORD} characters; anybody could guess it')
         self.store,self.cfg,self.user,self.own = store,cfg,user,f'{user}:{password}'.encode()
         self.key,self.secret = secrets.token_bytes(32), cfg.secret or secrets.token_hex(32)
         self.nobody = hasher.hash(secrets.token_hex(16))  # checking a stranger's password against it takes as long
-        self.limiter = FixedWindowRateLimiter(MemoryStorage())
-        self.rate,self.failed = parse(cfg.rate), parse(cfg.failed_logins)
-        self.right:dict[bytes, tuple[float, str, Principal]] = {}  # until when, the hash it was checked with, and who
+        self.rate,self.failed = RateLimit(cfg.rate), RateLimit(cfg.failed_logins)
+        self.failed_together = RateLimit(cfg.failed_logins, NEIGHBOURS)
+        self.right:dict[bytes, tuple[float, str, str|None]] = {} # Until when, and the hash and role of then
         self.asked:dict[bytes, asyncio.Future[bool]] = {}
         self.known:dict[str, User] = {}
-        self.read = -1e9
-        if not user and not self.users():
-            raise MissingPassword('set API_USERNAME and API_PASSWORD in the environment or in .env, or add a user with '
-                                  '`rakuten-mm users add`; the API does not start without')
+        self.checks,self.read,self.reading = ThreadPoolExecutor(CHECKS, 'passwords'), -1e9, asyncio.Lock()
+        if not store.problem:
+            with suppress(SQLAlchemyError): self.learn(store.users())
+        if not user and not self.known:
+            raise MissingPassword(store.problem or 'set API_USERNAME and API_PASSWORD in the environment or in .env, '
+                                  'or add a user with `rakuten-mm users add`; the API does not start without')
 
     @classmethod
     def from_environment(cls, store:Store, cfg:ServeConfig)->'Authenticator':
         "The user of the environment, and those of the database; raises `MissingPassword` if there are none."
         return cls(store, cfg, os.environ.get('API_USERNAME', ''), os.environ.get('API_PASSWORD', ''))
 
-    def users(self)->dict[str, User]:
-        "Users of the database, read again every few seconds; the last known while it cannot be read."
-        if time.monotonic()-self.read > 5:
-            try: self.known = self.store.users()
-            except Exception:
-                if self.read < 0: raise
-            self.read = time.monotonic()
-        return self.known
+    def learn(self, users:dict[str, User]):
+        "Know these users, but for one that bears the name of the environment's."
+        self.known = {n: u for n,u in users.items() if n != self.user}
 
-    def limit(self, item:RateLimitItem, *who:str, message:str, test:bool=False):
-        "Raises 429 if `who` has done this too often; `test` does not count."
-        if (self.limiter.test if test else self.limiter.hit)(item, *who): return
-        wait = max(1, int(self.limiter.get_window_stats(item, *who).reset_time-time.time()+.999))
-        raise Refused(429, message, headers={'Retry-After': str(wait)})
+    async def read_users(self):
+        "Read the users of the database; while it cannot be read, those known last stay."
+        async with self.reading:
+            if time.monotonic()-self.read < 1: return
+            with suppress(SQLAlchemyError):
+                self.learn(await asyncio.get_running_loop().run_in_executor(self.store.pool, self.store.users))
+            self.read = time.monotonic()
+
+    async def keep_reading(self):
+        "Read the users again every few seconds, so that no request waits for the database."
+        while True: await asyncio.sleep(READ_S); await self.read_users()
+
+    async def user_called(self, name:str)->User|None:
+        "A user of the database; for a name that is not known it is asked once more."
+        if name not in self.known and name != self.user and not self.store.problem: await self.read_users()
+        return self.known.get(name)
+
+    def count_guess(self, name:str, client:str):
+        "Count a guess before it is checked; raises 429 after too many at this name, or from this address."
+        self.failed.hit(client, name, message='too many wrong credentials')
+        self.failed_together.hit(client, message='too many wrong credentials')
 
     async def identify(self, header:str, client:str)->Principal:
         "The user that an `Authorization` header names; raises 401, or 429 after too many tries."
@@ -113,56 +159,68 @@ class Authenticator:
         scheme,_,given = header.partition(' ')
         match scheme.lower():
             case 'basic': who = await self.basic(given.strip(), client)
-            case 'bearer': who = self.bearer(given.strip())
-            case _: who = None
-        if who is None: self.refuse(client)
-        self.limit(self.rate, 'rate', who.name, message=f'more than {self.cfg.rate} requests')
+            case 'bearer': who = await self.bearer(given.strip(), client)
+            case _: self.count_guess('', client); who = None
+        if who is None: raise Refused(401, 'wrong credentials', headers=CHALLENGE)
+        self.rate.hit(who.name, message=f'more than {self.cfg.rate} requests')
         return who
-
-    def refuse(self, client:str)->NoReturn:
-        "Count a failure, and raise 401 or 429."
-        self.limit(self.failed, 'failed', client, message='too many wrong credentials')
-        raise Refused(401, 'wrong credentials', headers=CHALLENGE)
 
     async def basic(self, given:str, client:str)->Principal|None:
         "The user of an HTTP Basic pair."
         try: pair = base64.b64decode(given, validate=True)
-        except (binascii.Error, ValueError): return None
+        except (binascii.Error, ValueError): self.count_guess('', client); return None
         return await self.check(pair, client)
 
     async def check(self, pair:bytes, client:str)->Principal|None:
-        "The user of `name:password`."
-        name,_,password = pair.partition(b':')
-        seen,known = hmac.digest(self.key, pair, 'sha256'), self.users().get(name.decode('utf-8', 'replace'))
-        stored = known.password_hash if known else self.nobody
-        if (found := self.right.get(seen)) and found[0] > time.monotonic() and found[1] == stored: return found[2]
-        self.limit(self.failed, 'failed', client, message='too many wrong credentials', test=True)
-        if self.user and hmac.compare_digest(pair, self.own): who = Principal(self.user, 'admin')
-        elif await self.verified(seen, stored, password) and known: who = Principal(known.name, known.role)
-        else: return None
+        "The user of `name:password`; raises 429 after too many tries."
+        given,_,password = pair.partition(b':')
+        name = given.decode('utf-8', 'replace')
+        seen,known = hmac.digest(self.key, pair, 'sha256'), await self.user_called(name)
+        stored,role = (known.password_hash, known.role) if known else (self.nobody, None)
+        found = self.right.get(seen)
+        remembered = found and found[0] > time.monotonic() and found[1:] == (stored, role)
+        if remembered: return Principal(name, role or 'admin')
+        if first := seen not in self.asked: self.count_guess(name, client)
+        own = self.user and hmac.compare_digest(pair, self.own)
+        if not (own or (await self.verified(seen, stored, password) and known)): return None
+        if first: self.failed.take_back(client, name); self.failed_together.take_back(client)
         if len(self.right) > 1000: self.right.clear()
-        self.right[seen] = time.monotonic()+300, stored, who
-        return who
+        self.right[seen] = time.monotonic()+300, stored, role
+        return Principal(name, role or 'admin')
 
     async def verified(self, seen:bytes, stored:str, password:bytes)->bool:
         "Verify a password; requests that ask the same at one time wait for one answer."
         if len(password) > 1024: return False
         if seen not in self.asked:
-            self.asked[seen] = asyncio.ensure_future(asyncio.to_thread(verify_password, stored, password))
+            loop = asyncio.get_running_loop()
+            self.asked[seen] = loop.run_in_executor(self.checks, verify_password, stored, password)
             self.asked[seen].add_done_callback(lambda _: self.asked.pop(seen, None))
         return await asyncio.shield(self.asked[seen])
 
-    def bearer(self, token:str)->Principal|None:
-        "The user of a token, if there still is one."
-        try: claims = jwt.decode(token, self.secret, algorithms=['HS256'], options={'require': ['exp', 'sub']})
-        except jwt.InvalidTokenError: return None
+    def mark(self, name:str)->str|None:
+        "What a token of this user must carry: it changes with password, role and record. None: there is no such user."
+        user = self.known.get(name)
+        if user: record = f'{user.password_hash} {user.role} {user.created_at:%Y-%m-%dT%H:%M:%S.%f}'.encode()
+        elif self.user and name == self.user: record = self.own
+        else: return None
+        return hmac.new(self.secret.encode(), record, 'sha256').hexdigest()[:32]
+
+    async def bearer(self, token:str, client:str)->Principal|None:
+        "The user of a token, if it still is one; a token that has expired is no guess."
+        try:
+            claims = jwt.decode(token, self.secret, algorithms=['HS256'], leeway=LEEWAY_S,
+                                options={'require': ['exp', 'sub', 'mark']})
+            if claims['exp'] < time.time(): return None  # the leeway is for tokens that another clock dated
+        except jwt.ExpiredSignatureError: return None
+        except jwt.InvalidTokenError: self.count_guess('', client); return None
         name = claims['sub']
-        if self.user and name == self.user: return Principal(name, 'admin')
-        user = self.users().get(name)
-        return Principal(user.name, user.role) if user else None
+        user = await self.user_called(name)
+        if not hmac.compare_digest(str(claims['mark']), self.mark(name) or ''): return None
+        return Principal(name, user.role if user else 'admin')
 
     def token(self, who:Principal)->dict[str, Any]:
         "A bearer token, as OAuth 2 wants it."
         now = int(time.time())
-        signed = jwt.encode(dict(sub=who.name, iat=now, exp=now+self.cfg.token_s), self.secret, algorithm='HS256')
+        claims = dict(sub=who.name, iat=now, exp=now+self.cfg.token_s, mark=self.mark(who.name))
+        signed = jwt.encode(claims, self.secret, algorithm='HS256')
         return dict(access_token=signed, token_type='bearer', expires_in=self.cfg.token_s, role=who.role)

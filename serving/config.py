@@ -17,6 +17,8 @@ class ServeConfig(BaseSettings):
     "A request that took so many seconds gets 504, or 408 if its body had not arrived"
     max_in_flight:PositiveInt = 64
     "Listings that are worked on or wait at one time; one more gets 503"
+    max_bytes:PositiveInt = 64_000_000
+    "Bytes of bodies that are held at one time; what does not fit gets 503"
     batch_size:PositiveInt = 16
     "Most listings that the model sees at once"
     batch_wait_ms:float = 1.
@@ -29,6 +31,10 @@ class ServeConfig(BaseSettings):
     "A new model that is not ready after so many seconds is not served"
     restart_s:float = 120.
     "A worker that is not ready after so many seconds is started again"
+    hang_s:PositiveFloat = 10.
+    "A worker from which nothing was heard for so many seconds is started again"
+    give_up_s:PositiveFloat = 300.
+    "A server without a worker for so many seconds ends with exit code 1, for its supervisor to start it afresh"
     shadow:str = ''
     "A model that sees the traffic too and does not answer, e.g. models:/rakuten-mm@challenger"
     cache:int = 0
@@ -47,6 +53,8 @@ class ServeConfig(BaseSettings):
     "Where answers and corrections are kept; SQLite in artifacts/feedback.db if empty"
     keep_inputs:Literal['all', 'review', 'none'] = 'review'
     "Texts and images that are kept: `all`, those in the `review` lane, or `none`"
+    keep_days:float = Field(0., ge=0)
+    "Answers, texts and images are removed after so many days; 0 keeps them"
     forwarded:str = ''
     "Addresses of the reverse proxies whose X-Forwarded-For is believed"
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from rakuten_mm.api import STATUSES
-from serving.schema import Error, ErrorBody, FieldError
+from serving.schema import MAX_ERRORS, Error, ErrorBody, FieldError
 
 
 def code_of(status:int)->str: return STATUSES[status].code if status in STATUSES else 'error'
@@ -35,7 +35,7 @@ def invalid(
 )->Error:
     "The error for a request that pydantic refused."
     fields = [FieldError(field='.'.join(p for p in e['loc'][skip:] if isinstance(p, str)) or 'body',
-                         message=e['msg'].removeprefix('Value error, ')) for e in errors]
+                         message=e['msg'].removeprefix('Value error, ')) for e in errors[:MAX_ERRORS]]
     message = '; '.join(f'{f.field}: {f.message}' for f in fields[:5])
     return Error(code='invalid_request', message=message, fields=fields)
 

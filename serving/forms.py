@@ -1,11 +1,13 @@
 "HTML forms for listings and logins, and images for the page: what comes and goes in another form than JSON."
 import io
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from fastapi import Request
 from pydantic import ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 
 from rakuten_mm.data.image import decode_image
 from serving.errors import Refused, of_validation
@@ -19,11 +21,20 @@ def expect_type(request:Request, wanted:str):
     if not request.headers.get('content-type', '').lower().startswith(wanted): raise Refused(415, f'send {wanted}')
 
 
+@asynccontextmanager
+async def read_form(request:Request, **limits:int)->AsyncIterator[FormData]:
+    "The fields of a form; raises 422 for text in an encoding that there is not."
+    try: form = await request.form(**limits)
+    except (LookupError, UnicodeError): raise Refused(422, 'unknown charset; send UTF-8') from None
+    try: yield form
+    finally: await form.close()
+
+
 async def listing_of_form(request:Request)->PredictRequest:
     "A listing from `multipart/form-data`; raises 422 for fields that are unknown, given twice, or of the wrong kind."
     expect_type(request, 'multipart/form-data')
     values:dict[str, Any] = {}
-    async with request.form(max_files=4, max_fields=16, max_part_size=200_000) as form:
+    async with read_form(request, max_files=4, max_fields=16, max_part_size=200_000) as form:
         for name,v in form.multi_items():
             file = isinstance(v, UploadFile)
             if name not in FIELDS: raise Refused(422, 'unknown field', field=name[:64])
@@ -42,8 +53,8 @@ async def listing_of_form(request:Request)->PredictRequest:
 async def login_of_form(request:Request)->bytes:
     "`user:password` from the form of OAuth 2; raises 415 or 422."
     expect_type(request, 'application/x-www-form-urlencoded')
-    form = await request.form(max_fields=8)
-    values = {k: v for k,v in form.multi_items() if isinstance(v, str)}
+    async with read_form(request, max_fields=8) as form: sent = form.multi_items()
+    values = {k: v for k,v in sent if isinstance(v, str)}
     if values.get('grant_type', 'password') != 'password': raise Refused(422, 'must be password', field='grant_type')
     for k in ('username', 'password'):
         if not values.get(k): raise Refused(422, 'is missing', field=k)

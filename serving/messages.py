@@ -10,7 +10,7 @@ from litserve.transport.base import MessageTransport
 class Job(NamedTuple):
     "Something for the worker to do."
     uid:int
-    op:str # `predict`, `explain`, `load`, or `shadow`
+    op:str # `predict`, `explain`, `load`, `shadow`, or `ping`
     payload:dict
     alone:bool # In a batch of its own: it may have killed a worker
 

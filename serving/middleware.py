@@ -24,11 +24,29 @@ from serving.schema import MAX_BODY
 
 log = structlog.stdlib.get_logger('rakuten_mm.requests')
 SMALL = 100_000 # Bytes of a body that holds no listing
-SAFE = {b'x-content-type-options': b'nosniff', b'referrer-policy': b'no-referrer', b'cache-control': b'no-store'}
+SAFE = {b'x-content-type-options': b'nosniff', b'referrer-policy': b'no-referrer', b'cache-control': b'no-store',
+        b'x-frame-options': b'DENY', b'content-security-policy': b"frame-ancestors 'none'"}
 STRICT = {b'content-security-policy':
           b"default-src 'self'; img-src 'self' blob: data:; style-src 'self'; script-src 'self'; connect-src 'self'; "
           b"frame-ancestors 'none'; base-uri 'none'; form-action 'none'"}
 QUIET = ('/health', '/ready', '/metrics') # Not logged: they are asked for every few seconds
+
+
+def from_another_site(headers:dict[bytes, bytes])->bool:
+    "True if a browser sends this for a page that is not ours, with the credentials of a user who knows nothing of it."
+    site = headers.get(b'sec-fetch-site')
+    if site is not None: return site not in (b'same-origin', b'none')
+    origin = headers.get(b'origin')
+    return origin is not None and origin.partition(b'://')[2].lower() != headers.get(b'host', b'').lower()
+
+
+def check_framing(scope:Scope):
+    "Raises 400 for what the server and a proxy before it could take for different requests."
+    sent = lambda name: [v for k,v in scope['headers'] if k == name]
+    coded,hosts = [v.strip().lower() for v in sent(b'transfer-encoding')], sent(b'host')
+    if coded not in ([], [b'chunked']): raise Refused(400, 'unknown transfer encoding', headers={'Connection': 'close'})
+    if len(hosts) > 1 or (not hosts and scope.get('http_version') == '1.1'):
+        raise Refused(400, 'a request names one host', headers={'Connection': 'close'})
 
 
 def under(path:str, root:str)->bool: return path == root or path.startswith(root+'/')
@@ -67,6 +85,9 @@ class RequestMiddleware:
     async def pass_on(self, request:'TrackedRequest', headers:dict[bytes, bytes]):
         "Check a request and let the application answer it; raises `Refused`."
         path,page = request.path, page_of(request.path)
+        check_framing(request.scope)
+        if request.scope['method'] not in ('GET', 'OPTIONS') and from_another_site(headers):
+            raise Refused(403, 'a page of another site may not do this')
         client = (request.scope.get('client') or ('unknown',))[0]
         state = request.scope['state'] = {**request.scope.get('state', {}), 'client': client}
         if not page or (page.role and page.switch not in self.opened):
@@ -77,9 +98,14 @@ class RequestMiddleware:
         admitted = page is not None and page.listings and page.path == path
         request.limit = MAX_BODY if admitted else SMALL
         length = headers.get(b'content-length', b'0')
-        if length.isdigit() and int(length) > request.limit: raise request.too_large()
-        if admitted: self.admission.take()
+        request.declared = int(length) if length.isdigit() else 0
+        if request.declared > request.limit: raise request.too_large()
+        request.body_done = not request.declared and b'transfer-encoding' not in headers
+        if admitted:
+            request.admission = self.admission
+            self.admission.take()
         try:
+            if admitted: request.charge(request.declared)
             async with asyncio.timeout(self.cfg.timeout_s):
                 await self.app(request.scope, request.receive, request.send)
         except TimeoutError:
@@ -87,15 +113,24 @@ class RequestMiddleware:
             if request.body_done: raise Refused(504, f'no answer after {limit}') from None
             raise Refused(408, f'the body did not arrive within {limit}', headers={'Connection': 'close'}) from None
         finally:
-            if admitted: self.admission.leave()
+            if admitted: self.admission.leave(1, request.charged)
 
 
 class TrackedRequest:
     "A request on its way, and what will be logged about it."
     def __init__(self, scope:Scope, receive:Receive, send:Send, id:str):
         self.scope,self._receive,self._send,self.id,self.path = dict(scope),receive,send,id,scope['path']
+        self.method,self.client = scope['method'], (scope.get('client') or ('',))[0]
+        if self.method == 'HEAD': self.scope['method'] = 'GET'  # uvicorn sends no body to whoever asked for none
         self.status,self.began,self.size,self.limit = 0, time.perf_counter(), 0, SMALL
         self.principal,self.body_done,self.over = Principal('', 'predict'), False, False
+        self.admission:AdmissionControl|None = None # Of the bytes, if they are counted
+        self.declared,self.charged = 0, 0
+
+    def charge(self, size:int):
+        "Have `size` bytes counted; raises 503 if there is no room."
+        if self.admission and size > self.charged:
+            self.admission.take_bytes(size-self.charged); self.charged = size
 
     async def receive(self)->Message:
         message = await self._receive()
@@ -103,6 +138,7 @@ class TrackedRequest:
             self.size += len(message.get('body', b''))
             self.body_done = not message.get('more_body', False)
             if self.size > self.limit: self.over = True; raise self.too_large()
+            self.charge(self.size)
         return message
 
     def too_large(self)->Refused: return Refused(413, f'the body is larger than {self.limit:,} bytes')
@@ -130,5 +166,5 @@ class TrackedRequest:
         path = getattr(route, 'path', None) or ('/static' if under(self.path, '/static') else 'other')
         metrics.REQUESTS.labels(path, str(self.status)).inc(); metrics.LATENCY.labels(path).observe(took)
         if self.path in QUIET and self.status < 400: return
-        log.info('request', request_id=self.id, method=self.scope['method'], path=path, status=self.status,
+        log.info('request', request_id=self.id, method=self.method, client=self.client, path=path, status=self.status,
                  ms=round(1e3*took, 1), bytes=self.size, user=self.principal.name)

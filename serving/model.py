@@ -77,8 +77,10 @@ class ServedModel:
         "Explain an answer, or say what is wrong with the request."
         prepared = self.prepare(request)
         if isinstance(prepared, Problem): return prepared
-        try: explanation = cast(Any, explain(self.predictor, prepared, request['prdtypecode']))
+        try: explanation = cast(Any, explain(self.predictor, prepared, request['prdtypecode'], batch_size=8,
+                                             until=request['until']))
         except ValueError as e: return Problem(422, 'invalid_request', str(e), 'prdtypecode')
+        except TimeoutError: return Problem(504, 'timeout', 'no explanation in time; a shorter text takes less')
         return explanation.to_dict()
 
     def agreement(self,

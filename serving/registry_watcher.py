@@ -5,6 +5,7 @@ It comes from the registry, or from this machine while the registry cannot be as
 import asyncio
 import json
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -69,7 +70,9 @@ class RegistryWatcher:
     def __init__(self, worker:WorkerClient, api:ProductAPI, model:str, cfg:ServeConfig, problem:str=''):
         self.worker,self.api,self.model,self.cfg,self.problem = worker,api,model,cfg,problem
         self.refused = '', 0. # A version, and when to try it again
-        self.shadow = '', 0 # Its version, and the worker that has it
+        self.before:tuple[str, str]|None = None # Bundle and version of the model before this one
+        self.shadow,self.refused_shadow = ('', 0), '' # Its version and the worker that has it; one that ended a worker
+        worker.on_guilty = self.on_guilty
         self.report(problem)
 
     @property
@@ -91,6 +94,31 @@ class RegistryWatcher:
         self.problem = problem
         metrics.DEGRADED.set(bool(problem))
 
+    def refuse(self, version:str, why:str, again_s:float):
+        "Leave a version alone, for some seconds or until the alias moves."
+        self.refused = version, time.monotonic()+again_s
+        metrics.REFUSED_MODELS.inc()
+        self.report(f'{version} is not served: {why}; {self.api.version} keeps answering')
+
+    def on_guilty(self, who:str):
+        "Give up the model that has just ended its worker: the next worker starts without it."
+        if who == 'shadow':
+            self.refused_shadow = self.shadow[0]; log.error('the shadow %s ended the worker', self.refused_shadow)
+        elif self.before:
+            bad = self.api.version
+            (self.api.bundle,self.api.version),self.before = self.before,None
+            remember(self.model, self.api.bundle, self.api.version)
+            self.refuse(bad, 'it ended the worker', math.inf)
+
+    def fall_back(self, why:str)->bool:
+        "At the start, take the model that was served last in the place of one that cannot be; False if there is none."
+        try: last = json.loads(note_of(self.model).read_text()); verify_manifest(last['bundle'])
+        except (OSError, ValueError, KeyError, BundleError): return False
+        if last['version'] == self.api.version or not self.follows: return False
+        bad,self.api.bundle,self.api.version = self.api.version,last['bundle'],last['version']
+        self.refuse(bad, why, math.inf)
+        return True
+
     async def look(self):
         "Serve the version that the alias points at, if possible."
         stays = f'{self.api.version} keeps answering'
@@ -101,12 +129,14 @@ class RegistryWatcher:
         try:
             bundle,version = await asyncio.to_thread(resolve, self.model)
             await self.change('load', bundle, version)
+        except TimeoutError: self.refuse(wanted, 'it did not load in time', math.inf); return
         except Exception as e:
             why = e.error.message if isinstance(e, Refused) else str(e) or type(e).__name__
-            self.refused = wanted, time.monotonic()+60
-            metrics.REFUSED_MODELS.inc(); self.report(f'{wanted} is not served: {why}; {stays}')
+            ended = isinstance(e, Refused) and e.error.code == 'worker_crashed'
+            self.refuse(wanted, why, math.inf if ended else 60)
             return
         log.info('%s answers now, in the place of %s', version, self.api.version)
+        self.before = self.api.bundle,self.api.version
         self.api.bundle,self.api.version = str(bundle), version  # for a worker that is started again
         remember(self.model, str(bundle), version)
         self.report('')
@@ -121,6 +151,10 @@ class RegistryWatcher:
         "Have the worker load the shadow's version, if it is another one now."
         try:
             wanted = await asyncio.to_thread(current_version, self.cfg.shadow), self.worker.epoch
-            if wanted == self.shadow or wanted[0] == self.api.version: return
+            if wanted == self.shadow or wanted[0] in (self.api.version, self.refused_shadow): return
             await self.change('shadow', *await asyncio.to_thread(resolve, self.cfg.shadow)); self.shadow = wanted
+        except TimeoutError: self.refused_shadow = wanted[0]; log.warning('no shadow: it did not load in time')
+        except Refused as e:
+            if e.error.code == 'worker_crashed': self.refused_shadow = wanted[0]
+            log.warning('no shadow: %s', e.error.message)
         except Exception as e: log.warning('no shadow: %s', e)

@@ -2,7 +2,9 @@
 import asyncio
 import hashlib
 import json
+import time
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +12,7 @@ from typing import Annotated, Any
 from cachetools import LRUCache
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
@@ -18,7 +21,7 @@ from rakuten_mm.data.image import InvalidImage
 from rakuten_mm.data.taxonomy import CATEGORIES
 from serving import metrics, schema
 from serving.admission import AdmissionControl, ConcurrencyLimit
-from serving.auth import Authenticator, Principal
+from serving.auth import CHALLENGE, Authenticator, Principal
 from serving.config import ServeConfig
 from serving.errors import Refused, of_validation
 from serving.forms import FORM, LOGIN, listing_of_form, login_of_form, small_jpeg
@@ -37,6 +40,10 @@ class Service:
         self.worker,self.watcher,self.store,self.admission,self.cfg = worker,watcher,store,admission,cfg
         self.answers:LRUCache|None = LRUCache(cfg.cache) if cfg.cache else None
         self.explaining,self.config = ConcurrencyLimit(2), dict[str, dict]()
+
+    async def database(self, f:Callable, *args)->Any:
+        "Call what waits for the database in a thread of its own few, so that nothing else does."
+        return await asyncio.get_running_loop().run_in_executor(self.store.pool, f, *args)
 
     def bundle(self)->dict[str, Any]:
         "config.json of the model that answers."
@@ -107,8 +114,27 @@ class Service:
 def principal(request:Request)->Principal: return request.state.principal
 
 
+class BoundedRequest(Request):
+    "A request whose JSON is looked at before it is parsed."
+    async def json(self)->Any:
+        body = await self.body()
+        try: return schema.parse_json(body)
+        except json.JSONDecodeError: raise
+        except (ValueError, RecursionError) as e: raise Refused(422, str(e)) from None
+
+
+class BoundedRoute(APIRoute):
+    "A route whose requests are `BoundedRequest`s."
+    def get_route_handler(self):
+        handle = super().get_route_handler()
+        async def bounded(request:Request)->Response:
+            return await handle(BoundedRequest(request.scope, request.receive))
+        return bounded
+
+
 def install(app:FastAPI, service:Service, authenticator:Authenticator):
     "Give `app` its pages."
+    app.router.route_class,app.router.redirect_slashes = BoundedRoute, False
     add_prediction(app, service)
     add_access(app, authenticator)
     add_feedback(app, service)
@@ -124,7 +150,9 @@ def add_prediction(app:FastAPI, service:Service):
     "Pages that ask the model."
     @app.post('/predict', tags=['prediction'], summary='File a listing under a category')
     async def predict(listing:schema.PredictRequest, request:Request)->schema.PredictResponse:
-        return await service.predict(listing, principal(request), request.headers.get('x-probe') == '1')
+        who = principal(request)
+        probe = request.headers.get('x-probe') == '1' and who.may('admin')  # it leaves no record
+        return await service.predict(listing, who, probe)
 
     @app.post('/predict/upload', tags=['prediction'], summary='The same, from a form with a file', openapi_extra=FORM)
     async def upload(request:Request)->schema.PredictResponse:
@@ -144,6 +172,7 @@ def add_prediction(app:FastAPI, service:Service):
     @app.post('/explain', tags=['prediction'], summary='Words and parts of the image behind a category')
     async def explain(listing:schema.ExplainRequest)->schema.ExplainResponse:
         asked = {k: getattr(listing, k) for k in ('designation', 'description', 'image', 'prdtypecode')}
+        asked['until'] = time.monotonic()+service.cfg.timeout_s  # the worker's clock too
         with service.explaining: version,out = await service.worker.ask('explain', asked)
         return schema.ExplainResponse(**out, model_version=version)
 
@@ -154,7 +183,7 @@ def add_access(app:FastAPI, authenticator:Authenticator):
               summary='A short-lived bearer token for a user and password (OAuth 2)')
     async def token(request:Request)->schema.Token:
         who = await authenticator.check(await login_of_form(request), request.state.client)
-        if who is None: authenticator.refuse(request.state.client)
+        if who is None: raise Refused(401, 'wrong credentials', headers=CHALLENGE)
         return schema.Token(**authenticator.token(who))
 
 
@@ -172,7 +201,7 @@ def add_feedback(app:FastAPI, service:Service):
         if f.prdtypecode not in {c.prdtypecode for c in service.categories()}:
             raise Refused(422, 'unknown category; see /categories', field='prdtypecode')
         said = f.prediction_id, f.prdtypecode, f.reviewer or who.name
-        try: new,all_of_it = await asyncio.to_thread(service.store.correct, *said)
+        try: new,all_of_it = await service.database(service.store.correct, *said)
         except KeyError: raise Refused(404, 'no such prediction', field='prediction_id') from None
         return schema.FeedbackResponse(
             feedback_id=new.id, prediction_id=f.prediction_id, **correction(new).model_dump(),
@@ -198,14 +227,14 @@ def add_review(app:FastAPI, service:Service):
     @app.get('/review', tags=['review'],
              summary='Listings that wait for a person, those that are most useful to correct first')
     async def review(request:Request, limit:Annotated[int, Query(ge=1, le=100)] = 20)->schema.ReviewResponse:
-        rows,waiting = await asyncio.to_thread(store.queue, limit, principal(request).name)
-        told = await asyncio.to_thread(store.corrections, [r.id for r in rows])
+        rows,waiting = await service.database(store.queue, limit, principal(request).name)
+        told = await service.database(store.corrections, [r.id for r in rows])
         return schema.ReviewResponse(items=[item(r, told[r.id]) for r in rows], waiting=waiting)
 
     @app.get('/review/{prediction_id}/image', tags=['review'], response_class=Response,
              summary='The image of a listing that waits, as a JPEG', responses={200: {'content': {'image/jpeg': {}}}})
     async def image(prediction_id:str)->Response:
-        row = await asyncio.to_thread(store.get, prediction_id)
+        row = await service.database(store.get, prediction_id)
         if row is None or not row.image_sha256: raise Refused(404, 'no such image')
         try: jpeg = await asyncio.to_thread(small_jpeg, store.image_path(row.image_sha256))
         except (OSError, InvalidImage): raise Refused(404, 'no such image') from None
@@ -225,7 +254,8 @@ def add_about(app:FastAPI, service:Service):
         parts = [m for m,has in (('text', e['ngrams'] or e['text']), ('image', e['image'])) if has]
         return schema.Version(
             model_version=worker.version, data_version=c['info'].get('data_version', ''), categories=len(c['codes']),
-            modalities=parts, problem=watcher.problem or None, following=watcher.model if watcher.follows else None)
+            modalities=parts, problem=watcher.problem or service.store.problem or None,
+            following=watcher.model if watcher.follows else None)
 
     @app.get('/health', tags=['about'], summary='200 while the server is alive', response_class=PlainTextResponse)
     async def health(): return PlainTextResponse('ok')
@@ -233,7 +263,7 @@ def add_about(app:FastAPI, service:Service):
     @app.get('/ready', tags=['about'], summary='200 while listings are answered',
              responses={503: {'description': 'The model is being started'}})
     async def ready():
-        status = ('degraded' if watcher.problem else 'ready') if worker.ready else 'starting'
+        status = ('degraded' if watcher.problem or service.store.problem else 'ready') if worker.ready else 'starting'
         return JSONResponse(dict(status=status, model_version=worker.version), 200 if worker.ready else 503)
 
     @app.get('/metrics', tags=['about'], summary='Figures for Prometheus', response_class=PlainTextResponse)

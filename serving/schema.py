@@ -1,6 +1,8 @@
 "Requests and responses of the API, as they go over the wire."
 import base64
 import binascii
+import json
+import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -11,6 +13,40 @@ from rakuten_mm.data.image import MAX_BYTES
 
 MAX_TEXT = 20_000 # Characters of a title or a description; models read far less
 MAX_BODY = MAX_BYTES*4//3 + 500_000 # Bytes of a request: one image in base64, two texts
+MAX_STRINGS = 1_000 # In a JSON body; a full batch has some 300, keys included
+MAX_STRUCTURE = 100_000 # Bytes of a JSON body outside of its strings
+MAX_ESCAPES = 400_000 # In a JSON body; a slash in base64 is one for some clients
+MAX_ERRORS = 20 # That are told of one request
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.S) # One without an end too: it is looked for once
+UNREADABLE = re.compile('[\0\ud800-\udfff]') # What databases refuse, and nobody reads
+
+
+def structure_of(body:bytes)->tuple[int, int]:
+    "Count the strings of a JSON body, and the bytes outside of them, but no further than the limits."
+    if b'\\' not in body:
+        parts = body.split(b'"', 2*MAX_STRINGS+2)
+        return len(parts)//2, sum(map(len, parts[::2]))
+    strings = end = outside = 0
+    for m in STRING.finditer(body):
+        strings += 1; outside += m.start()-end; end = m.end()
+        if strings > MAX_STRINGS or outside > MAX_STRUCTURE: break
+    return strings, outside+len(body)-end
+
+
+def parse_json(
+    body:bytes
+)->Any:
+    "A JSON value; raises `ValueError` before work is done for more parts than any request of ours has."
+    if body.count(b'\\') > MAX_ESCAPES: raise ValueError('JSON with more escapes than any request has')
+    strings,outside = structure_of(body)
+    if strings > MAX_STRINGS: raise ValueError(f'JSON with more than {MAX_STRINGS:,} strings')
+    if outside > MAX_STRUCTURE: raise ValueError('JSON with more structure than any request has')
+    return json.loads(body)
+
+
+def without_unreadable(v):
+    "A text without zero bytes, halves of characters, and returns at its end; other values as they are."
+    return UNREADABLE.sub('', v).rstrip('\r') if isinstance(v, str) else v
 
 
 def decode_base64(
@@ -34,6 +70,7 @@ def strict(*examples:dict)->ConfigDict:
 BASE64 = {'type': 'string', 'contentEncoding': 'base64', 'contentMediaType': 'image/*'}
 ENCODED = WithJsonSchema({'anyOf': [BASE64, {'type': 'null'}]})
 Base64Image = Annotated[bytes|None, BeforeValidator(decode_base64), ENCODED]
+Readable = BeforeValidator(without_unreadable)
 Code = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 ROBOT = {'designation': 'Robot de piscine électrique sans fil'}
 
@@ -41,8 +78,9 @@ ROBOT = {'designation': 'Robot de piscine électrique sans fil'}
 class Listing(BaseModel):
     "A title, a description, an image, or any of them."
     model_config = strict()
-    designation:str = Field('', max_length=MAX_TEXT, description='Title')
-    description:str|None = Field(None, max_length=MAX_TEXT, description='Description, if there is one')
+    designation:Annotated[str, Readable] = Field('', max_length=MAX_TEXT, description='Title')
+    description:Annotated[str|None, Readable] = Field(
+        None, max_length=MAX_TEXT, description='Description, if there is one')
     image:Base64Image = Field(None, description='JPEG, PNG, WEBP, GIF or BMP file in base64')
 
     @model_validator(mode='after')
@@ -149,7 +187,7 @@ class FeedbackRequest(BaseModel):
     model_config = strict({'prediction_id': '2f1c6c1e-6f0b-4a3e-9a59-0c7f7c1f7f10', 'prdtypecode': 2583})
     prediction_id:str = Field(min_length=36, max_length=36, description='From the answer')
     prdtypecode:Code = Field(description='The right category, which may be the predicted one')
-    reviewer:str|None = Field(
+    reviewer:Annotated[str|None, Readable] = Field(
         None, min_length=1, max_length=64,
         description='Reviewer who says so; the user that asks if left out. Only an admin may name another.')
 

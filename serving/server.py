@@ -4,7 +4,10 @@ import logging
 import os
 import signal
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -12,13 +15,15 @@ import litserve as ls
 import structlog
 import uvicorn
 from fastapi import FastAPI
+from sqlalchemy.exc import SQLAlchemyError
 
 from rakuten_mm.core.environment import load_environment
 from rakuten_mm.models.manifest import BundleError
-from serving import errors, openapi, routes
+from serving import errors, metrics, openapi, routes
 from serving.admission import AdmissionControl
 from serving.auth import Authenticator, MissingPassword
 from serving.config import ServeConfig, kept_images
+from serving.connections import BoundedProtocol, room_for_connections
 from serving.messages import PipeTransport
 from serving.middleware import RequestMiddleware
 from serving.registry_watcher import RegistryWatcher, resolve_at_start
@@ -28,6 +33,7 @@ from serving.worker_client import WorkerClient
 
 log = logging.getLogger('rakuten_mm.server')
 CHAMPION = 'models:/rakuten-mm@champion'
+DATABASE_S = 5. # Deadline of a statement
 
 
 class Server(ls.LitServer):
@@ -44,9 +50,10 @@ class Server(ls.LitServer):
     ):
         super().__init__(api, accelerator='cpu', devices=1, workers_per_device=1, timeout=False)
         self.api,self.cfg,self.store = api,cfg,store
-        self.worker = WorkerClient(self.launch, cfg.timeout_s, cfg.restart_s)
+        self.worker = WorkerClient(self.launch, cfg.hang_s, cfg.restart_s, cfg.give_up_s)
         self.watcher = RegistryWatcher(self.worker, api, model, cfg, problem)
-        admission,app = AdmissionControl(cfg.max_in_flight), self.app
+        self.authenticator = authenticator
+        admission,app = AdmissionControl(cfg.max_in_flight, cfg.max_bytes), self.app
         app.title,app.version = 'rakuten-mm', api.version
         app.description = 'File a listing under a category, from its title, its description and its image.'
         routes.install(app, routes.Service(self.worker, self.watcher, store, admission, cfg), authenticator)
@@ -66,12 +73,24 @@ class Server(ls.LitServer):
         if not self.worker.ready: await self.worker.start()
         log.info('serving %s, documentation at /docs', self.api.version)
         settle()
-        watching = asyncio.create_task(self.watcher.run())
+        tasks = self.watcher.run(), self.authenticator.keep_reading(), self.forget()
+        running = [asyncio.create_task(t) for t in tasks]
         try: yield
         finally:
-            watching.cancel()
-            await asyncio.to_thread(self.worker.stop)
-            await asyncio.to_thread(self.store.close)
+            for t in running: t.cancel()
+            self.worker.stop()  # nobody is left to wait for
+            self.store.close()
+
+    async def forget(self):
+        "Remove answers that are older than API_KEEP_DAYS, every hour."
+        while self.cfg.keep_days:
+            before = datetime.now(UTC)-timedelta(days=self.cfg.keep_days)
+            try: out = await asyncio.get_running_loop().run_in_executor(self.store.pool, self.store.erase, before)
+            except (SQLAlchemyError, OSError) as e: log.error('old answers stay: %s', str(e).splitlines()[0])
+            else:
+                metrics.ERASED.inc(out['answers']+out['corrected'])
+                if any(out.values()): log.info('removed what is older than API_KEEP_DAYS', extra=out)
+            await asyncio.sleep(3600)
 
 
 class Graceful(uvicorn.Server):
@@ -85,9 +104,9 @@ def make_server(
     model:str = CHAMPION, # Bundle folder, `models:/rakuten-mm@alias` or `models:/rakuten-mm/version`
     cfg:ServeConfig|None = None, # From the environment if left out
 )->Server:
-    "A server for a verified bundle; raises `MissingPassword`, `ValueError`, `FileNotFoundError` or `BundleError`."
+    "A server for a verified bundle; raises `MissingPassword`, `ValueError`, `OSError` or `BundleError`."
     cfg = cfg or ServeConfig()
-    store = Store(cfg.url, kept_images())
+    store = Store(cfg.url, kept_images(), deadline_s=DATABASE_S, patient=True)
     authenticator = Authenticator.from_environment(store, cfg)
     bundle,version,problem = resolve_at_start(model)
     api = ProductAPI(str(bundle), version, cfg.threads, cfg.batch_size, cfg.batch_wait_ms/1e3)
@@ -125,18 +144,46 @@ def serve(
     load_environment()
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # waiting threads of the worker would take the front's core
     log_as_json()
+    os.umask(os.umask(0o077) | 0o077)  # what is written holds texts of customers
     try: server = make_server(model)
     except (MissingPassword, ValueError, OSError, BundleError) as e: sys.exit(f'rakuten-mm: {e}')
     proxies = server.cfg.forwarded
+    BoundedProtocol.room = room_for_connections()
     config = uvicorn.Config(server.app, host=host, port=port, log_config=None, access_log=False, server_header=False,
+                            http=BoundedProtocol, ws='none',
                             timeout_keep_alive=30, timeout_graceful_shutdown=25,
                             proxy_headers=bool(proxies), forwarded_allow_ips=proxies or None)
     uv = Graceful(config)
     log.info('starting on http://%s:%s', host, port)
-    async def run():
-        await server.worker.start()  # the port opens when there is a model
-        await uv.serve()
-    try:
-        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner: runner.run(run())
-    except RuntimeError as e: sys.exit(f'rakuten-mm: {e}')
-    finally: server.worker.stop(); leave_the_log()
+    threads,loop = ThreadPoolExecutor(8, 'waiting'), config.get_loop_factory()()  # type: ignore[misc]
+    loop.set_default_executor(threads)
+    try: ended = loop.run_until_complete(run(server, uv))
+    except RuntimeError as e: ended = str(e)
+    finally:
+        server.worker.stop()
+        for pool in (threads, server.store.pool, server.authenticator.checks): pool.shutdown(False, cancel_futures=True)
+    leave_the_log()
+    if waits_for_ever():
+        print(f'rakuten-mm: {ended or "ended while something did not answer"}', file=sys.stderr, flush=True)
+        os._exit(bool(ended))
+    if ended: sys.exit(f'rakuten-mm: {ended}')
+
+
+def waits_for_ever()->bool:
+    "True if a thread of ours does not end: it would keep the process."
+    ours = [t for t in threading.enumerate() if t.name.startswith(('waiting', 'database', 'passwords'))]
+    for t in ours: t.join(1)
+    return any(t.is_alive() for t in ours)
+
+
+async def run(server:Server, uv:uvicorn.Server)->str: # Why it ended, if it was not asked to
+    "Serve until the end; raises `RuntimeError` if no model can be loaded."
+    try: await server.worker.start()  # the port opens when there is a model
+    except RuntimeError as e:
+        if not server.watcher.fall_back(str(e)): raise
+        await server.worker.start()
+    given_up = server.worker.given_up
+    def end(_): uv.should_exit = True
+    given_up.add_done_callback(end)
+    await uv.serve()
+    return given_up.result() if given_up.done() else ''

@@ -26,7 +26,7 @@ import psutil
 from rakuten_mm.api import basic_auth
 from rakuten_mm.core.environment import artifacts_dir, load_environment
 
-USER,PASSWORD = 'anna', 'pässword: ü'
+USER,PASSWORD = 'anna', 'langes pässword: ü'
 SERVE = sys.executable, '-m', 'rakuten_mm', 'serve', '--model', '{model}', '--port', '{port}'
 
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from serving.model import ServedModel  # with PyTorch, which the front does without
 
 
+BATCH_S = 2. # A batch that takes longer keeps those behind it waiting, and looks like a worker that hangs
+
+
 def settle():
     "Exempt what stays for good from garbage collection: going through all that imports made takes .1 s each time."
     gc.collect(); gc.freeze()
@@ -64,32 +67,40 @@ class JobQueue:
 
 
 class MicroBatches(LitLoop):
-    "The worker's main loop."
+    "The worker's main loop. Batches are no larger than the model answers in about `BATCH_S`."
     def __init__(self, batch_size:int, wait_s:float):
         super().__init__()
-        self.batch_size,self.wait_s = batch_size,wait_s
+        self.batch_size,self.wait_s,self.each_s = batch_size,wait_s,0. # Seconds of a listing in the last batch
+
+    def most(self)->int:
+        return max(1, min(self.batch_size, int(BATCH_S/self.each_s))) if self.each_s else self.batch_size
 
     def run(self, lit_api:'ProductAPI', device, worker_id, request_queue:Connection, # type: ignore[override]
             transport:PipeTransport, workers_setup_status, callback_runner):
         send = transport.send
         if lit_api.failed: send(('failed', lit_api.failed)); time.sleep(.1); os._exit(1)
-        waiting,side = JobQueue(request_queue), ThreadPoolExecutor(1)
+        waiting,side,explaining = JobQueue(request_queue), ThreadPoolExecutor(1), ThreadPoolExecutor(2)
         pool = ThreadPoolExecutor(n_threads(lit_api.threads))
         send(('ready', lit_api.version))
         while True:
-            jobs = waiting.take(self.batch_size, self.wait_s)
+            jobs = waiting.take(self.most(), self.wait_s)
             lit_api.change_model(send)
             for j in jobs:
-                if j.op == 'explain': side.submit(self.explain, send, j, lit_api.model)
+                if j.op == 'ping': send(('progress',))
+                if j.op == 'explain': explaining.submit(self.explain, send, j, lit_api.model)
                 if j.op in ('load', 'shadow'):
                     threading.Thread(target=self.load, args=(lit_api, send, j, waiting.jobs.put), daemon=True).start()
             jobs = [j for j in jobs if j.op == 'predict']
             if not jobs: continue
             send(('start', [j.uid for j in jobs]))
             start,version = time.monotonic(), lit_api.version
-            x = list(pool.map(partial(careful, lit_api.decode_request), [j.payload for j in jobs]))
+            x = []
+            for prepared in pool.map(partial(careful, lit_api.decode_request), [j.payload for j in jobs]):
+                x.append(prepared); send(('progress',))
             out = [lit_api.encode_response(y) for y in lit_api.predict(x)]
-            send(('done', [(j.uid, version, y) for j,y in zip(jobs, out, strict=True)], time.monotonic()-start))
+            took = time.monotonic()-start
+            self.each_s = took/len(jobs)
+            send(('done', [(j.uid, version, y) for j,y in zip(jobs, out, strict=True)], took))
             lit_api.compare(x, out, side, send)
 
     @staticmethod
@@ -160,6 +171,7 @@ class ProductAPI(ls.LitAPI):
         if shadow is None or shadow.predictor.size != self.model.predictor.size: return
         if not self.busy.acquire(blocking=False): return
         def work():
+            send(('comparing', True))
             try: send(('shadow', shadow.version, *shadow.agreement(x, out)))
-            finally: self.busy.release()
+            finally: send(('comparing', False)); self.busy.release()
         side.submit(work)

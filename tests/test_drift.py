@@ -132,7 +132,7 @@ def record(store, log, version, since):
                               facts={k: None if v != v else v for k,v in facts.items()},
                               probs=[round(float(v), 4) for v in p],
                               sketch={m: part(s[i]) for m,s in log.projections.items()}))
-    store.waiting.join()
+    store.flush()
     assert store.dropped == 0
 
 

@@ -397,19 +397,27 @@ def test_roles_and_tokens(bundle, tmp_path):
                 assert ask('GET', '/review', auth) == (403 if role == 'predict' else 200)
                 assert ask('GET', '/metrics', auth) == (200 if role == 'admin' else 403)
                 assert not [c for c in check_roles(Prober(client), auth, role, 'docs') if c.found]
+        mark = jwt.decode(token['access_token'], options={'verify_signature': False})['mark']
         def sign(key=secret, alg='HS256', **claims):
-            return 'Bearer '+jwt.encode(dict(sub='admin', exp=time.time()+60) | claims, key, algorithm=alg)
-        assert ask('GET', '/metrics', sign()) == 200
+            return 'Bearer '+jwt.encode(dict(sub='admin', exp=time.time()+60, mark=mark) | claims, key, algorithm=alg)
+        assert ask('GET', '/metrics', sign()) == ask('GET', '/metrics', sign(iat=time.time()+5)) == 200
         head,body,signature = sign().split('.')
         for bad in (sign(exp=time.time()-1), sign(sub='nobody'), sign(key='another key that is long enough, too'),
                     sign(key=None, alg='none'), sign(alg='HS512'), 'Bearer '+jwt.encode(dict(sub='admin'), secret),
+                    sign(mark='0'*32), sign(sub='predict'), sign(iat=time.time()+60),
                     f'{head}.{body}.{signature[::-1]}', f'{head}.{body}', 'Bearer x', 'Bearer'):
             assert ask('GET', '/version', bad) == 401, bad
-        store.drop_user('review')
+        bearer = {role: f"Bearer {login(role).json()['access_token']}" for role in ('predict', 'review', 'admin')}
+        store.drop_user('review')  # f69: a token ends with the record that it was given for
+        add_user(store, 'predict', password+'!', 'predict'); add_user(store, 'admin', password, 'predict')
         end = time.monotonic()+20
         while ask('GET', '/review', basic_auth('review', password)) != 401:
             assert time.monotonic() < end
             time.sleep(.5)
+        assert [ask('GET', '/version', b) for b in bearer.values()] == [401]*3
+        add_user(store, 'review', password, 'admin')
+        assert login('review').status_code == 200 and ask('GET', '/version', bearer['review']) == 401
+    store.close()
 
 
 def test_f26_f27_limits_and_pages(bundle):
@@ -429,7 +437,7 @@ def test_f26_f27_limits_and_pages(bundle):
             return httpx.post(server.url+'/predict', json={'designation': 'x'}, headers=wrong)
         out = [guess(i) for i in range(8)]
         assert [r.status_code for r in out] == [401]*5+[429]*3 and 0 < int(out[-1].headers['retry-after']) <= 60
-        assert httpx.post(server.url+'/token', data=dict(username='other', password=secret)).status_code == 429
+        assert httpx.post(server.url+'/token', data=dict(username='other', password=secret)).status_code == 401
         assert get('/version', headers=right) == 200  # whoever was let in before goes on
         codes = [get('/version', headers=right) for _ in range(25)]
         assert codes[0] == 200 and codes[-1] == 429
@@ -505,7 +513,7 @@ def test_unexpected_errors_are_logged_by_their_lines():
         try: deeper(scope['query_string'].decode())
         except KeyError as e: raise RuntimeError(f'cannot read {e}') from e
     async def ask():
-        passing = RequestMiddleware(app, None, AdmissionControl(1), ServeConfig(open_pages='docs'))
+        passing = RequestMiddleware(app, None, AdmissionControl(1, 1), ServeConfig(open_pages='docs'))
         transport = httpx.ASGITransport(passing)
         async with httpx.AsyncClient(transport=transport, base_url='http://server') as http:
             return await http.get('/docs?customer')

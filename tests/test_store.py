@@ -1,6 +1,10 @@
 "The database of answers and corrections, in SQLite and in a real PostgreSQL."
+import multiprocessing as mp
 import os
 import shutil
+import signal
+import sqlite3
+import stat
 import subprocess
 import tempfile
 import time
@@ -9,11 +13,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Thread
 
+import psutil
 import pytest
-from sqlalchemy import create_engine, inspect, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import create_engine, event, inspect, text
+from sqlalchemy.engine import Engine
+from sqlalchemy.exc import DBAPIError, OperationalError
 
-from serving.store import DRIFT_COLUMNS, Base, Feedback, Store, open_database, verdict
+from serving.store import DRIFT_COLUMNS, Base, Feedback, Store, UnreachableDatabase, UnusableDatabase, migrate, verdict
 from serving.testing import free_port
 
 INSTALLED = sorted(Path('/usr/lib/postgresql').glob('*/bin/initdb'))
@@ -62,10 +68,10 @@ def answer(lane='review', usefulness=.5, **kw)->dict:
 
 def test_migrations_make_what_the_code_expects(url):
     "Also on a database that is up to date, and by two servers that start at once."
-    threads = [Thread(target=open_database, args=(url,)) for _ in range(1 if url.startswith('sqlite') else 3)]
+    threads = [Thread(target=migrate, args=(url,)) for _ in range(3)]
     for t in threads: t.start()
     for t in threads: t.join()
-    found = inspect(open_database(url))
+    found = inspect(create_engine(url))
     for name,table in Base.metadata.tables.items():
         columns = {c['name']: c['nullable'] for c in found.get_columns(name)}
         assert columns == {c.name: c.nullable for c in table.columns}, name
@@ -123,7 +129,7 @@ def test_images_are_kept_once(store):
 
 def test_older_answers_have_no_figures(url):
     "A database of the first version is brought up to date with its rows."
-    open_database(url).dispose()
+    migrate(url)
     engine = create_engine(url)
     with engine.begin() as c:
         for name in ('facts', 'probs', 'sketch'): c.execute(text(f'ALTER TABLE predictions DROP COLUMN {name}'))
@@ -164,7 +170,7 @@ def test_recent_answers_of_a_model(store):
     for hours,version,facts in ((1, 'a', {}), (47, 'a', {}), (49, 'a', {}), (1, 'b', {}), (1, 'a', None)):
         created = datetime.now(UTC)-timedelta(hours=hours)
         store.add(answer(created_at=created, model_version=version, facts=facts, probs=[], sketch={}))
-    store.waiting.join()
+    store.flush()
     assert len(store.recent(2, 'a')) == store.count_recent(2, 'a') == 2 and store.count_recent(3, 'a') == 3
 
 
@@ -178,7 +184,7 @@ def test_a_database_that_goes_away_costs_records_only(postgres, tmp_path):
     start = time.monotonic()
     for _ in range(10): store.add(answer())
     assert time.monotonic()-start < .5
-    store.waiting.join()
+    store.flush()
     assert store.dropped == 10
     store.close()
 
@@ -187,3 +193,148 @@ def test_verdict():
     said = lambda *pairs: [Feedback(reviewer=r, prdtypecode=c) for r,c in pairs]
     assert verdict([]) is None and verdict(said(('a', 1))) == 1 and verdict(said(('a', 1), ('b', 2))) is None
     assert verdict(said(('a', 1), ('b', 2), ('a', 2))) == 2 and verdict(said(('a', 1), ('b', 1), ('c', 2))) == 1
+
+
+def die_at(url:str, statement:int):
+    "Migrate, and be killed before a statement of it."
+    seen = iter(range(statement))
+    @event.listens_for(Engine, 'before_cursor_execute')
+    def count(*_):
+        if next(seen, None) is None: os.kill(os.getpid(), signal.SIGKILL)
+    migrate(url)
+
+
+def test_f58_first_start_killed_at_any_statement(tmp_path):
+    "The next start finds nothing or everything, and goes on."
+    ctx,killed = mp.get_context('fork'), 0
+    for n in range(1, 100):
+        url = f'sqlite:///{tmp_path}/{n}/feedback.db'
+        p = ctx.Process(target=die_at, args=(url, n)); p.start(); p.join()
+        with Store(url, tmp_path) as store: store.put_user('anna', 'x', 'predict'); assert [*store.users()] == ['anna']
+        if p.exitcode == 0: break
+        killed += 1
+    assert p.exitcode == 0 and killed > 10
+
+
+@pytest.mark.parametrize('cut', [1, 2, 4, 7])
+def test_f58_first_start_that_an_older_version_left_half_done(tmp_path, cut):
+    url = f'sqlite:///{tmp_path}/feedback.db'
+    migrate(url)
+    whole = sqlite3.connect(tmp_path/'feedback.db')
+    schema = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'"
+    made = [row[0] for row in whole.execute(schema)]
+    (tmp_path/'feedback.db').unlink()
+    half = sqlite3.connect(tmp_path/'feedback.db')
+    for sql in sorted(made, key=lambda s: not s.startswith('CREATE TABLE'))[:cut]: half.execute(sql)
+    half.commit(); half.close()
+    with Store(url, tmp_path) as store: store.add(answer()); assert store.queue()[1] == 1
+
+
+def bad_database(folder:Path, how:str)->str:
+    file = folder/'feedback.db'
+    migrate(f'sqlite:///{file}')
+    c = sqlite3.connect(file)
+    match how:
+        case 'corrupt': file.write_bytes(b'no database at all'*1000)
+        case 'newer': c.execute("UPDATE alembic_version SET version_num = '9999'"); c.commit()
+        case 'half':
+            c.execute("INSERT INTO users VALUES ('anna', 'x', 'predict', '2026-01-01')")
+            c.execute('DELETE FROM alembic_version'); c.commit()
+    c.close()
+    return f'sqlite:///{file}'
+
+
+BAD = [('corrupt', 'cannot be used'), ('newer', 'a newer version'), ('half', 'half a schema')]
+
+@pytest.mark.parametrize(('how', 'says'), BAD)
+def test_f78_databases_that_cannot_be_used(tmp_path, how, says):
+    "One line that says what to do, and nothing is changed."
+    url = bad_database(tmp_path, how)
+    before = (tmp_path/'feedback.db').read_bytes()
+    with pytest.raises(UnusableDatabase, match=says) as e: Store(url, tmp_path, patient=True)
+    assert len(str(e.value).splitlines()) == 1 and (tmp_path/'feedback.db').read_bytes() == before
+
+
+def test_f78_database_that_is_not_there(postgres, tmp_path):
+    with pytest.raises(UnusableDatabase, match=r'cannot be used.*does not exist'):
+        Store(postgres.removesuffix('postgres')+'nowhere', tmp_path, patient=True)
+    nobody = f'postgresql+psycopg://rakuten@127.0.0.1:{free_port()}/postgres'
+    with pytest.raises(UnreachableDatabase, match='does not answer'): Store(nobody, tmp_path)
+    with Store(nobody, tmp_path, patient=True) as store:
+        assert store.problem
+        with pytest.raises(OperationalError): store.users()
+
+
+def test_f78_database_deleted_while_running(tmp_path):
+    "It is noticed, counted, and never written to an unlinked file; one that comes back is used again."
+    file = tmp_path/'feedback.db'
+    with Store(f'sqlite:///{file}', tmp_path) as store:
+        store.add(answer()); store.flush()
+        kept = file.rename(tmp_path/'elsewhere.db')
+        for extra in ('-wal', '-shm'): (tmp_path/f'feedback.db{extra}').unlink(missing_ok=True)
+        store.add(answer()); store.flush()
+        assert store.dropped == 1 and 'was removed' in store.problem and not file.exists()
+        with pytest.raises(OperationalError): store.queue()
+        kept.rename(file)
+        store.add(answer()); store.flush()
+        assert store.dropped == 1 and not store.problem and store.queue()[1] >= 1
+
+
+def test_f72_one_bad_record_costs_itself_only(store):
+    "Whatever a database refuses: its neighbours in the same batch are recorded."
+    good,bad = [answer() for _ in range(3)], answer(id='x'*36, lane=None)
+    for row in (good[0], bad, *good[1:]): store.add(row)
+    store.flush()
+    assert store.dropped == 1 and all(store.get(r['id']) for r in good) and store.get(bad['id']) is None
+
+
+def test_f73_erasure(store):
+    "Old answers, or all of one listing, go with texts and images; corrections stay without the listing."
+    old = datetime.now(UTC)-timedelta(days=100)
+    seen,other = dict(designation='Piscine', text_sha256='a'*64, image_sha256='ab'*32), dict(image_sha256='cd'*32)
+    rows = [answer(created_at=old, **seen) for _ in range(2)]+[answer(created_at=old, **other), answer(**seen)]
+    for r in rows: store.add(r, b'image')
+    store.correct(rows[0]['id'], 10, 'rita')
+    expected = dict(answers=2, corrected=1, images=1)
+    before = datetime.now(UTC)-timedelta(days=30)
+    assert store.erase(before, dry_run=True) == expected
+    assert store.get(rows[1]['id']) and store.image_path('cd'*32).exists()
+    assert store.erase(before) == expected and store.erase(before) == dict(answers=0, corrected=0, images=0)
+    assert store.get(rows[1]['id']) is store.get(rows[2]['id']) is None and not store.image_path('cd'*32).exists()
+    left = store.get(rows[0]['id'])
+    assert left.designation is left.facts is None and left.user == '' and store.image_path('ab'*32).exists()
+    assert [(c.prdtypecode, c.designation, c.image) for c in store.verdicts()] == [(10, None, None)]
+    assert store.erase(prediction_id=rows[3]['id']) == dict(answers=1, corrected=0, images=1)
+    assert not store.image_path('ab'*32).exists()
+    with pytest.raises(KeyError): store.erase(prediction_id='unknown')
+
+
+def test_f74_database_is_private(tmp_path):
+    with Store(f'sqlite:///{tmp_path}/new/feedback.db', tmp_path) as store:
+        store.put_user('anna', 'x', 'predict')
+        assert stat.S_IMODE((tmp_path/'new').stat().st_mode) == 0o700
+        assert {stat.S_IMODE(f.stat().st_mode) for f in (tmp_path/'new').iterdir()} == {0o600}
+
+
+def postgres_process(url:str)->psutil.Process:
+    "The process that all others of the PostgreSQL at `url` come from."
+    port = url.split(':')[-1].split('/')[0]
+    asked = lambda p: p.name() == 'postgres' and f'-p {port}' in ' '.join(p.cmdline())
+    return next(p for p in psutil.process_iter() if asked(p))
+
+
+def test_f54_frozen_database(postgres, tmp_path):
+    "Statements end at their deadline, and all is well again when the database answers."
+    main = postgres_process(postgres)
+    with Store(postgres, tmp_path, deadline_s=2) as store:
+        store.put_user('anna', 'x', 'predict')
+        frozen = [main, *main.children()]
+        for p in frozen: p.suspend()
+        try:
+            start = time.monotonic()
+            with pytest.raises(OperationalError): store.users()
+            assert time.monotonic()-start < 8 and store.problem
+            store.add(answer())
+        finally:
+            for p in frozen: p.resume()
+        assert [*store.users()] == ['anna'] and not store.problem

@@ -7,7 +7,7 @@ __all__ = ['FIELDS', 'N_CHUNKS', 'text_units', 'cut', 'windows', 'paint', 'parts
            'log_odds', 'shapley', 'Word', 'Explanation', 'explain', 'words_html', 'explanation_figure']
 
 # %% ../../nbs/lib/models/13_explanation.ipynb #cfafd6fb
-import html, re, string
+import html, re, string, time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -88,11 +88,13 @@ def probs_of_variants(
     model:Predictor,
     variants:Iterable[Prepared],
     batch_size:int = 32, # Listings in a call of the model
+    until:float|None = None, # By `time.monotonic()`
 )->np.ndarray: # (N, K) probabilities, float64
-    "Probabilities of each variant; uniform where there is nothing to read."
+    "Probabilities of each variant, uniform where there is nothing to read; raises `TimeoutError` if it takes too long."
     if batch_size < 1: raise ValueError(f'batch_size must be 1 or more, not {batch_size}')
     out,it = [], iter(variants)
     for batch in iter(lambda: list(islice(it, batch_size)), []):
+        if until is not None and time.monotonic() > until: raise TimeoutError
         probs = np.full((len(batch), len(model.codes)), 1/len(model.codes))
         some = [i for i,p in enumerate(batch) if parts_of(model, p)]
         if some: probs[some] = model.probs([batch[i] for i in some])
@@ -172,8 +174,12 @@ def explain(
     max_words:int = 60, # Words looked at one by one
     grid:int = 7, # Cells along a side of the image
     batch_size:int = 32, # Listings in a call of the model
+    until:float|None = None, # Stop then, by `time.monotonic()`
 )->Explanation:
-    "The reasons of `model` to give `prepared` this class; raises `ValueError` for an unknown class or nothing to read."
+    """The reasons of `model` to give `prepared` this class.
+
+    Raises `ValueError` for an unknown class or nothing to read, `TimeoutError` if it is not done `until` then.
+    """
     if not (parts := parts_of(model, prepared)):
         raise ValueError(f"nothing to explain: this model reads {' and '.join(model.modalities)}")
     if prdtypecode is not None and prdtypecode not in model.codes:
@@ -182,7 +188,7 @@ def explain(
     masks = windows(grid) if 'image' in parts and prepared.pixels is not None else []
     hidden = (replace(prepared, pixels=paint(prepared.pixels, m), vector=None) for m in masks)
     alone,without = (keep_parts(prepared, [m]) for m in parts), (cut(prepared, spans) for _,spans in units)
-    probs = probs_of_variants(model, chain([prepared], alone, without, hidden), batch_size)
+    probs = probs_of_variants(model, chain([prepared], alone, without, hidden), batch_size, until)
     k = int(probs[0].argmax()) if prdtypecode is None else model.codes.index(prdtypecode)
     odds,nothing = log_odds(probs, k), log_odds(np.ones((1, probs.shape[1])), k)
     drop = odds[0]-odds[1+len(parts):]

@@ -6,4 +6,6 @@ revision,down_revision = '0002', '0001'
 
 
 def upgrade():
-    for name in ('facts', 'probs', 'sketch'): op.add_column('predictions', sa.Column(name, sa.JSON))
+    there = {c['name'] for c in sa.inspect(op.get_bind()).get_columns('predictions')}  # of one that was killed here
+    for name in ('facts', 'probs', 'sketch'):
+        if name not in there: op.add_column('predictions', sa.Column(name, sa.JSON))

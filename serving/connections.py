@@ -1,0 +1,92 @@
+"""Connections with bounds: what a stranger may send before the end of a header, for how long, and how many are open.
+
+uvicorn's parser takes headers of any size for any time. It is kept, because it is quick; what it has taken without
+getting any further is counted here.
+"""
+import asyncio
+import resource
+from contextlib import suppress
+from typing import ClassVar
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+MAX_HEADER = 32_768 # Bytes of a request line and its header, of a chunk's head, of trailers
+MAX_FIELDS = 100 # In a header
+HEADER_S = 10. # From the connection, or a header's first byte, to its end
+MAX_CONNECTIONS = 4_096
+KEPT_FILES = 96 # Descriptors that are no connections: files, the database, the pipes of the next worker
+
+
+def room_for_connections()->int:
+    "How many connections may be open; what the system lets this process have is raised as far as it goes."
+    soft,hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS+KEPT_FILES
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft < most:
+        with suppress(OSError, ValueError): resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard)); soft = most
+    return max(16, min(MAX_CONNECTIONS, soft-KEPT_FILES))
+
+
+class HeaderTooLarge(Exception):
+    "More than a header may have."
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    "HTTP of which no part may grow, or be waited for, without end. A new connection takes the place of an idle one."
+    room:ClassVar[int] = MAX_CONNECTIONS
+    idle:ClassVar[dict['BoundedProtocol', None]] = {} # Those with no request at work, the oldest first
+    due:asyncio.TimerHandle|None = None
+    fruitless,oversized = 0, False # Bytes that brought no header's end, no body and no message's end
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        if len(self.connections) > self.room: next(iter(self.idle), self).transport.close()
+        self.idle[self] = None
+        self.expect_header()
+
+    def connection_lost(self, exc):
+        self.idle.pop(self, None); self.forget_timer()
+        super().connection_lost(exc)
+
+    def expect_header(self):
+        if self.due is None: self.due = self.loop.call_later(HEADER_S, self.transport.close)
+
+    def forget_timer(self):
+        if self.due is not None: self.due.cancel(); self.due = None
+
+    def data_received(self, data:bytes):
+        self.fruitless += len(data)
+        if self in self.idle: self.expect_header()
+        super().data_received(data)
+        if self.fruitless > MAX_HEADER and not self.transport.is_closing():
+            self.oversized = True; self.send_400_response('')
+
+    def on_header(self, name:bytes, value:bytes):
+        super().on_header(name, value)
+        if len(self.headers) > MAX_FIELDS: self.oversized = True; raise HeaderTooLarge
+
+    def on_headers_complete(self):
+        self.oversized = len(self.url)+sum(len(k)+len(v) for k,v in self.headers) > MAX_HEADER
+        if self.oversized: raise HeaderTooLarge
+        self.fruitless = 0
+        self.idle.pop(self, None); self.forget_timer()
+        super().on_headers_complete()
+
+    def on_body(self, body:bytes):
+        self.fruitless = 0
+        super().on_body(body)
+
+    def on_message_complete(self):
+        self.fruitless = 0
+        super().on_message_complete()
+
+    def on_response_complete(self):
+        super().on_response_complete()
+        if self.transport.is_closing() or not self.cycle.response_complete: return
+        self.idle[self] = None
+        if self.fruitless: self.expect_header()
+
+    def send_400_response(self, msg:str):
+        if not self.oversized: super().send_400_response(msg); return
+        self.transport.write(STATUS_LINE[431]+b'content-length: 0\r\nconnection: close\r\n\r\n')
+        self.transport.close()
