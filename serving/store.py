@@ -278,12 +278,12 @@ class Store:
 
     def open(self):
         "Bring the schema up to date, unless that was done; raises `UnusableDatabase`, also if the file has gone since."
+        file = sqlite_file(self.engine)
+        now = file.stat().st_ino if file and file.exists() else 0
+        if self.inode and (not file or now == self.inode): return
         with self.opening, self.noticed():
-            file = sqlite_file(self.engine)
-            now = file.stat().st_ino if file and file.exists() else 0
-            if self.inode and file and not now:
+            if self.inode and not now:
                 raise UnusableDatabase(f'{file} was removed; restore it, or start the server again for a new one')
-            if (self.inode and now == self.inode) or (self.inode and not file): return
             self.engine.dispose()  # what it holds open is the file of before
             migrate(self.url, self.deadline_s)
             self.inode = file.stat().st_ino if file else 1
