@@ -58,3 +58,29 @@ def remove_user(name):
     with Store.from_environment() as s:
         if not s.drop_user(name): raise ValueError(f'there is no user {name!r}')
     click.echo(f'{name} is removed')
+
+
+@click.group()
+def answers():
+    "Answers that the server keeps, with the texts and images of listings."
+    from rakuten_mm.core.environment import load_environment
+    load_environment()
+
+
+@answers.command('erase')
+@click.option('--older-than', type=click.FloatRange(min=0), metavar='DAYS', help='Answers given so many days ago.')
+@click.option('--prediction', metavar='ID', default='', help='This answer, and every other one to the same listing.')
+@click.option('--dry-run', is_flag=True, help='Count, and remove nothing.')
+def erase_answers(older_than, prediction, dry_run):
+    "Remove answers, texts and images; of an answer that was corrected the label stays, without the listing."
+    from datetime import UTC, datetime, timedelta
+
+    from serving.store import Store
+    if (older_than is None) == (not prediction): raise ValueError('give --older-than or --prediction')
+    before = datetime.now(UTC)-timedelta(days=older_than or 0)
+    with Store.from_environment() as s:
+        try: out = s.erase(before, prediction, dry_run)
+        except KeyError: raise ValueError(f'there is no answer {prediction!r}') from None
+    done = 'would be removed' if dry_run else 'removed'
+    click.echo(f"{out['answers']:,} answers and {out['images']:,} images {done}; "
+               f"{out['corrected']:,} corrected ones lose their listing and keep their label")

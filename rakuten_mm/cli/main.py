@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ELSEWHERE', 'missing', 'CommandGroup', 'cli', 'main', 'synthesize_command', 'fetch_command', 'ingest_command',
-           'data_group', 'list_versions_command', 'diff_command', 'quarantine_command', 'tune_command', 'train_command',
-           'predict_command']
+           'data_group', 'list_versions_command', 'diff_command', 'quarantine_command', 'verify_command',
+           'tune_command', 'train_command', 'predict_command']
 
 # %% ../../nbs/lib/cli/01_main.ipynb #8684ecb6
 import os, shutil
@@ -20,6 +20,7 @@ from ..core.environment import limit_mlflow, load_environment
 ELSEWHERE = { # Command: where it is, and its line of --help
     'serve': ('serving.cli', 'Serve predictions over HTTP.'),
     'users': ('serving.cli', 'People and services that may use the server.'),
+    'answers': ('serving.cli', 'Answers that the server keeps: remove old ones, or those to one listing.'),
     'scheduler': ('zenml_pipelines.cli', 'Run pipelines at their times.'),
     'runs': ('zenml_pipelines.cli', 'What ran when, and with which exit code.'),
     'registry': ('rakuten_mm.cli.registry', 'Versions of the model: list, promote, go back, see who served when.'),
@@ -126,7 +127,7 @@ def ingest_command(raw_dir, data_dir, seed, snapshot, max_quarantine):
 # %% ../../nbs/lib/cli/01_main.ipynb #f1a81bf3
 @cli.group()
 def data_group():
-    "Versions of a dataset: list them, compare two, see what was refused."
+    "Versions of a dataset: list them, compare two, see what was refused, look for damage."
 
 @data_group.command('list')
 @click.argument('data_dir', type=existing)
@@ -135,7 +136,9 @@ def list_versions_command(data_dir):
     from rakuten_mm.data.dataset import Dataset, versions
     current = Dataset.open(data_dir).manifest['version']
     for v in versions(data_dir):
-        m = Dataset.open(data_dir, v).manifest; n = m['delivery']
+        try: m = Dataset.open(data_dir, v).manifest
+        except (ValueError, OSError) as e: click.echo(f'  {v}  damaged: {e}'); continue
+        n = m['delivery']
         click.echo(f"{'*' if v == current else ' '} {v}  {m['rows']:>9,} listings  "
                    f"+{n['added']:,} ~{n['changed']:,} -{n['removed']:,}  {n['relabelled']:,} relabelled")
 
@@ -168,6 +171,20 @@ def quarantine_command(data_dir, version, out):
     for reason,n in q.reason.value_counts().items(): click.echo(f'{n:>7,} {reason}: {REASONS[reason]}')
     if out: write_csv(q, out)
     click.echo(f'{len(q):,} refused'+(f'; listed in {out}' if out else ''))
+
+@data_group.command('verify')
+@click.argument('data_dir', type=existing)
+@click.argument('version', required=False)
+def verify_command(data_dir, version):
+    "Compare the files of VERSION (all versions if left out) with their names; exit code 1 if one is not what it was."
+    from rakuten_mm.data.dataset import Dataset, damaged_images, versions
+    damaged = set()
+    for v in [version] if version else versions(data_dir):
+        try: damaged |= {*damaged_images(Dataset.open(data_dir, v))}
+        except (ValueError, OSError) as e: damaged.add(str(e))
+    for problem in sorted(damaged): click.echo(problem)
+    if damaged: raise ValueError(f'{len(damaged)} problems in {data_dir}; restore a backup of these files')
+    click.echo('all files are what they were')
 
 # %% ../../nbs/lib/cli/01_main.ipynb #4d181d31
 @cli.command()
