@@ -26,15 +26,13 @@ from limits import parse
 from sqlalchemy.exc import SQLAlchemyError
 
 from rakuten_mm.api import ROLES, role_allows
+from serving.budgets import CHECKS, MIN_PASSWORD, NEIGHBOURS
 from serving.config import ServeConfig
 from serving.errors import Refused
 from serving.store import Store, User
 
 CHALLENGE = {'WWW-Authenticate': 'Basic realm="rakuten-mm", charset="UTF-8", Bearer'}
 NAME = re.compile(r'[A-Za-z0-9_.@-]{1,64}')
-MIN_PASSWORD = 12 # Characters
-CHECKS = 2 # Passwords that are checked at one time: each takes a core and 64 MB
-NEIGHBOURS = 10 # An address may send so many times as many wrong credentials as one of its users
 LEEWAY_S = 30 # Between the clocks of two servers that share a secret
 READ_S = 5 # Between two looks at the users of the database
 hasher = PasswordHasher()

@@ -10,11 +10,7 @@ from typing import ClassVar
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-MAX_HEADER = 32_768 # Bytes of a request line and its header, of a chunk's head, of trailers
-MAX_FIELDS = 100 # In a header
-HEADER_S = 10. # From the connection, or a header's first byte, to its end
-MAX_CONNECTIONS = 4_096
-KEPT_FILES = 96 # Descriptors that are no connections: files, the database, the pipes of the next worker
+from serving.budgets import HEADER_S, KEPT_FILES, MAX_CONNECTIONS, MAX_FIELDS, MAX_HEADER
 
 
 def room_for_connections()->int:

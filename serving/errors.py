@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from rakuten_mm.api import STATUSES
-from serving.schema import MAX_ERRORS, Error, ErrorBody, FieldError
+from serving.budgets import MAX_ERRORS
+from serving.schema import Error, ErrorBody, FieldError
 
 
 def code_of(status:int)->str: return STATUSES[status].code if status in STATUSES else 'error'

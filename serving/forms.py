@@ -10,8 +10,9 @@ from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 from rakuten_mm.data.image import decode_image
+from serving.budgets import MAX_TEXT
 from serving.errors import Refused, of_validation
-from serving.schema import MAX_TEXT, PredictRequest
+from serving.schema import PredictRequest
 
 FIELDS = {'designation', 'description', 'image', 'top_k'}
 

@@ -18,12 +18,11 @@ from rakuten_mm.api import page_of
 from serving import metrics
 from serving.admission import AdmissionControl
 from serving.auth import Authenticator, Principal
+from serving.budgets import MAX_BODY, SMALL_BODY
 from serving.config import ServeConfig
 from serving.errors import Refused, respond
-from serving.schema import MAX_BODY
 
 log = structlog.stdlib.get_logger('rakuten_mm.requests')
-SMALL = 100_000 # Bytes of a body that holds no listing
 SAFE = {b'x-content-type-options': b'nosniff', b'referrer-policy': b'no-referrer', b'cache-control': b'no-store',
         b'x-frame-options': b'DENY', b'content-security-policy': b"frame-ancestors 'none'"}
 STRICT = {b'content-security-policy':
@@ -96,7 +95,7 @@ class RequestMiddleware:
             needs = page.role if page else 'predict'
             if not who.may(needs): raise Refused(403, f'{path} needs the role {needs}; {who.name} has {who.role}')
         admitted = page is not None and page.listings and page.path == path
-        request.limit = MAX_BODY if admitted else SMALL
+        request.limit = MAX_BODY if admitted else SMALL_BODY
         length = headers.get(b'content-length', b'0')
         request.declared = int(length) if length.isdigit() else 0
         if request.declared > request.limit: raise request.too_large()
@@ -122,7 +121,7 @@ class TrackedRequest:
         self.scope,self._receive,self._send,self.id,self.path = dict(scope),receive,send,id,scope['path']
         self.method,self.client = scope['method'], (scope.get('client') or ('',))[0]
         if self.method == 'HEAD': self.scope['method'] = 'GET'  # uvicorn sends no body to whoever asked for none
-        self.status,self.began,self.size,self.limit = 0, time.perf_counter(), 0, SMALL
+        self.status,self.began,self.size,self.limit = 0, time.perf_counter(), 0, SMALL_BODY
         self.principal,self.body_done,self.over = Principal('', 'predict'), False, False
         self.admission:AdmissionControl|None = None # Of the bytes, if they are counted
         self.declared,self.charged = 0, 0

@@ -10,13 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from rakuten_mm.api import MAX_BATCH
 from rakuten_mm.data.image import MAX_BYTES
+from serving.budgets import MAX_ESCAPES, MAX_STRINGS, MAX_STRUCTURE, MAX_TEXT
 
-MAX_TEXT = 20_000 # Characters of a title or a description; models read far less
-MAX_BODY = MAX_BYTES*4//3 + 500_000 # Bytes of a request: one image in base64, two texts
-MAX_STRINGS = 1_000 # In a JSON body; a full batch has some 300, keys included
-MAX_STRUCTURE = 100_000 # Bytes of a JSON body outside of its strings
-MAX_ESCAPES = 400_000 # In a JSON body; a slash in base64 is one for some clients
-MAX_ERRORS = 20 # That are told of one request
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.S) # One without an end too: it is looked for once
 UNREADABLE = re.compile('[\0\ud800-\udfff]') # What databases refuse, and nobody reads
 

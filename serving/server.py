@@ -22,6 +22,7 @@ from rakuten_mm.models.manifest import BundleError
 from serving import errors, metrics, openapi, routes
 from serving.admission import AdmissionControl
 from serving.auth import Authenticator, MissingPassword
+from serving.budgets import DATABASE_S, IDLE_S
 from serving.config import ServeConfig, kept_images
 from serving.connections import BoundedProtocol, room_for_connections
 from serving.messages import PipeTransport
@@ -33,7 +34,6 @@ from serving.worker_client import WorkerClient
 
 log = logging.getLogger('rakuten_mm.server')
 CHAMPION = 'models:/rakuten-mm@champion'
-DATABASE_S = 5. # Deadline of a statement
 
 
 class Server(ls.LitServer):
@@ -151,7 +151,7 @@ def serve(
     BoundedProtocol.room = room_for_connections()
     config = uvicorn.Config(server.app, host=host, port=port, log_config=None, access_log=False, server_header=False,
                             http=BoundedProtocol, ws='none',
-                            timeout_keep_alive=30, timeout_graceful_shutdown=25,
+                            timeout_keep_alive=IDLE_S, timeout_graceful_shutdown=25,
                             proxy_headers=bool(proxies), forwarded_allow_ips=proxies or None)
     uv = Graceful(config)
     log.info('starting on http://%s:%s', host, port)

@@ -20,13 +20,11 @@ import litserve as ls
 from litserve.loops.base import LitLoop
 
 from rakuten_mm.core.process import n_threads
+from serving.budgets import BATCH_S
 from serving.messages import Job, PipeTransport, Problem
 
 if TYPE_CHECKING:
     from serving.model import ServedModel  # with PyTorch, which the front does without
-
-
-BATCH_S = 2. # A batch that takes longer keeps those behind it waiting, and looks like a worker that hangs
 
 
 def settle():

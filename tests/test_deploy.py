@@ -30,8 +30,8 @@ from conftest import ROOT
 from rakuten_mm.api import basic_auth
 from rakuten_mm.data.ingestion import ingest
 from rakuten_mm.sources.fetch import STATE, WHOLE
+from serving.budgets import MAX_BODY
 from serving.config import ServeConfig
-from serving.schema import MAX_BODY
 from serving.testing import free_port
 
 DEPLOY = ROOT/'deploy'

@@ -27,9 +27,10 @@ from rakuten_mm.monitoring.access_check import APICheckError, Prober, check_cred
 from rakuten_mm.monitoring.api_check import ask_golden, check_api, check_server
 from serving.admission import AdmissionControl
 from serving.auth import add_user
+from serving.budgets import MAX_BODY
 from serving.config import ServeConfig, kept_images
 from serving.middleware import RequestMiddleware
-from serving.schema import MAX_BATCH, MAX_BODY
+from serving.schema import MAX_BATCH
 from serving.server import make_server
 from serving.store import Store
 from serving.testing import PASSWORD, USER, running_server
