@@ -151,7 +151,8 @@ class RegistryWatcher:
         "Have the worker load the shadow's version, if it is another one now."
         try:
             wanted = await asyncio.to_thread(current_version, self.cfg.shadow), self.worker.epoch
-            if wanted == self.shadow or wanted[0] in (self.api.version, self.refused_shadow): return
+            left_alone = self.api.version, self.refused_shadow, self.refused[0]
+            if wanted == self.shadow or wanted[0] in left_alone: return
             await self.change('shadow', *await asyncio.to_thread(resolve, self.cfg.shadow)); self.shadow = wanted
         except TimeoutError: self.refused_shadow = wanted[0]; log.warning('no shadow: it did not load in time')
         except Refused as e:

@@ -353,6 +353,53 @@ def test_shadow_sees_and_says_nothing(following, registry, bundle):
     assert server.ask().json()['model_version'] == server.version
 
 
+@pytest.fixture(scope='module')
+def sufferer(registry, bundle, tmp_path_factory):
+    "A server that follows champion and challenger, and dies of those that its file names."
+    killers = tmp_path_factory.mktemp('killers')/'killers'; killers.write_text('')
+    registry(bundle); registry.client.delete_registered_model_alias('rakuten-mm', 'challenger')
+    env = dict(RAKUTEN_MM_ARTIFACTS=str(registry.home), KILLERS=str(killers), API_POLL_S='0.5',
+               API_SHADOW='models:/rakuten-mm@challenger')
+    with running_server(command=FAULTY, **env) as server:
+        server.killers = killers
+        yield server
+
+
+@pytest.mark.parametrize('how', ['load', 'work', 'shadow'])
+def test_f55_model_that_ends_the_worker(sufferer, registry, bundle, how):
+    "It is tried once, and left alone until the alias moves."
+    server,good = sufferer, sufferer.ready()['model_version']
+    restarts = server.metric('rakuten_worker_restarts_total')
+    bad = registry(bundle, 'challenger' if how == 'shadow' else 'next')
+    server.killers.write_text(f'rakuten-mm/{bad} {how}')
+    if how != 'shadow': registry.client.set_registered_model_alias('rakuten-mm', 'champion', bad)
+    def died():
+        if how != 'load': server.ask(timeout=60)
+        return server.metric('rakuten_worker_restarts_total') > restarts
+    until(died)
+    until(lambda: server.ready().get('model_version') == good)
+    time.sleep(3)
+    assert server.metric('rakuten_worker_restarts_total') <= restarts+1+(how == 'work')
+    assert (server.ask().json()['model_version'] == good and 'the shadow' in server.log.read_text()) or how != 'shadow'
+    if how == 'shadow': return
+    assert f'rakuten-mm/{bad} is not served' in server.client.get('/version').json()['problem']
+    server.killers.write_text('')
+    registry.client.set_registered_model_alias('rakuten-mm', 'champion', good.split('/')[1])
+    until(lambda: server.ready().get('status') == 'ready')
+
+
+def test_f55_champion_that_cannot_be_started_with(registry, bundle, tmp_path):
+    "A server that starts takes the model that was served last."
+    model,good = 'models:/rakuten-mm@other', registry(bundle, 'other')
+    killers = tmp_path/'killers'; killers.write_text('')
+    env = dict(RAKUTEN_MM_ARTIFACTS=str(registry.home), KILLERS=str(killers))
+    with running_server(model, FAULTY, **env) as server: until(lambda: server.ask().status_code == 200)
+    bad = registry(bundle, 'other')
+    killers.write_text(f'rakuten-mm/{bad} load')
+    with running_server(model, FAULTY, **env) as server:
+        assert server.ready() == dict(status='degraded', model_version=f'rakuten-mm/{good}')
+
+
 def test_f24_disk_full(bundle):
     "Nothing can be written any more: answers go on, and what was not recorded is counted."
     with running_server(bundle) as server:
