@@ -30,8 +30,21 @@ def note_of(model:str)->Path:
 def remember(model:str, bundle:str, version:str):
     "Write down what a server that starts without a registry should take; if that fails, go on without."
     if not model.startswith('models:/'): return
-    try: write_atomic(note_of(model), json.dumps(dict(bundle=bundle, version=version)).encode())
+    path = Path(bundle).resolve()
+    if path.is_relative_to(artifacts_dir().resolve()): path = path.relative_to(artifacts_dir().resolve())
+    try: write_atomic(note_of(model), json.dumps(dict(bundle=str(path), version=version)).encode())
     except OSError as e: log.warning('the model could not be written down: %s', e)
+
+
+def remembered(model:str)->tuple[Path, str]:
+    """The bundle and version that were served last, where the artifacts folder is now.
+
+    Raises `OSError`, `ValueError`, `KeyError` or `BundleError`.
+    """
+    last = json.loads(note_of(model).read_text())
+    bundle = artifacts_dir()/last['bundle']
+    verify_manifest(bundle)
+    return bundle, last['version']
 
 
 def resolve(model:str)->tuple[Path, str]:
@@ -50,9 +63,9 @@ def resolve_at_start(model:str)->tuple[Path, str, str]: # Bundle, version, and w
     except Exception as e:
         why = f'the registry cannot be asked ({type(e).__name__})'
         if not note_of(model).exists(): raise FileNotFoundError(f'{why}, and no model was served here before') from None
-        last = json.loads(note_of(model).read_text())
-        verify_manifest(last['bundle'])
-        return Path(last['bundle']), last['version'], f'{why}; serving the model of before'
+        try: return *remembered(model), f'{why}; serving the model of before'
+        except (ValueError, KeyError, TypeError):
+            raise FileNotFoundError(f'{why}, and {note_of(model)} is damaged') from None
 
 
 def current_version(model:str)->str:
@@ -112,10 +125,10 @@ class RegistryWatcher:
 
     def fall_back(self, why:str)->bool:
         "At the start, take the model that was served last in the place of one that cannot be; False if there is none."
-        try: last = json.loads(note_of(self.model).read_text()); verify_manifest(last['bundle'])
+        try: bundle,version = remembered(self.model)
         except (OSError, ValueError, KeyError, BundleError): return False
-        if last['version'] == self.api.version or not self.follows: return False
-        bad,self.api.bundle,self.api.version = self.api.version,last['bundle'],last['version']
+        if version == self.api.version or not self.follows: return False
+        bad,self.api.bundle,self.api.version = self.api.version,str(bundle),version
         self.refuse(bad, why, math.inf)
         return True
 

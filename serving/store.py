@@ -361,7 +361,7 @@ class Store:
 
     def _keep(self, sha256:str, image:bytes):
         path = self.image_path(sha256)
-        if not path.exists(): write_atomic(path, image)
+        if not path.exists(): write_atomic(path, image, private=True)
 
     def image_path(self, sha256:str)->Path: return self.images_dir/sha256[:2]/sha256
 

@@ -28,6 +28,7 @@ from rakuten_mm.monitoring.access_check import Prober
 from rakuten_mm.monitoring.api_check import check_state
 from rakuten_mm.registry.versions import register_bundle
 from serving import server as front
+from serving.registry_watcher import remember, remembered
 from serving.testing import PASSWORD, USER, free_port, running_server
 
 FAULTY = (sys.executable, str(ROOT/'tests'/'faulty_server.py'), '{model}', '{port}')
@@ -398,6 +399,14 @@ def test_f55_champion_that_cannot_be_started_with(registry, bundle, tmp_path):
     killers.write_text(f'rakuten-mm/{bad} load')
     with running_server(model, FAULTY, **env) as server:
         assert server.ready() == dict(status='degraded', model_version=f'rakuten-mm/{good}')
+
+
+def test_f75_model_of_before_moves_with_the_artifacts(bundle, tmp_path, monkeypatch):
+    old,new = tmp_path/'old', tmp_path/'new'
+    monkeypatch.setenv('RAKUTEN_MM_ARTIFACTS', str(old))
+    remember(front.CHAMPION, str(shutil.copytree(bundle, old/'models'/'v1')), 'rakuten-mm/1')
+    old.rename(new); monkeypatch.setenv('RAKUTEN_MM_ARTIFACTS', str(new))
+    assert remembered(front.CHAMPION) == (new/'models'/'v1', 'rakuten-mm/1')
 
 
 def test_f24_disk_full(bundle):
