@@ -45,6 +45,11 @@ TABLES = {
         ('recovery_s', 'back to normal after it', SECONDS, '≤ 2'),
         ('rss_growth', 'memory grown in 10,000 requests', SHARE, '≤ 5 %'),
         ('swap_failed_requests', 'requests lost when the model changes', str, '0')],
+    'soak': [
+        ('lost', 'honest requests lost while the model was up', str, '0'), ('late', 'or above their deadline', str, '0'),
+        ('p99_ms', 'slowest percent of them', MS, ''), ('recovery_s', 'ready again after a kill or freeze', SECONDS, ''),
+        ('wrong_statuses', 'wrong answers to hostile requests', str, '0'),
+        ('rss_growth', 'memory grown', SHARE, '≤ 10 %')],
     'ingestion': [
         ('rows_per_s', 'listings per second', '{:.0f}'.format, ''),
         ('peak_rss_growth', 'memory for four times the listings', TIMES, ''),

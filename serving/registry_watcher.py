@@ -64,6 +64,7 @@ def resolve_at_start(model:str)->tuple[Path, str, str]: # Bundle, version, and w
         why = f'the registry cannot be asked ({type(e).__name__})'
         if not note_of(model).exists(): raise FileNotFoundError(f'{why}, and no model was served here before') from None
         try: return *remembered(model), f'{why}; serving the model of before'
+        except BundleError: raise
         except (ValueError, KeyError, TypeError):
             raise FileNotFoundError(f'{why}, and {note_of(model)} is damaged') from None
 

@@ -1,5 +1,7 @@
 "What brought the server down once: bodies, headers, guesses, workers, databases. Each server is a real process."
 import asyncio
+import base64
+import io
 import json
 import os
 import signal
@@ -13,6 +15,7 @@ from contextlib import contextmanager, suppress
 import httpx
 import psutil
 import pytest
+from PIL import Image
 from small_worker import Launcher
 from test_server_life import FAULTY, until
 from test_store import postgres, postgres_process  # noqa: F401
@@ -99,6 +102,21 @@ def test_f61_idle_connections(bundle):
         start = time.monotonic()
         assert all(said(s) == b'' for s in idle) and time.monotonic()-start < 15
         until(lambda: server.ask().status_code == 200, 30)
+
+
+def test_f59_large_pictures_hold_nobody_up(server):
+    "Each is refused by its header or takes its share; whoever asks meanwhile is answered by the same worker."
+    pid,image = server.worker().pid, io.BytesIO()
+    Image.new('RGB', (2_800, 2_800)).save(image, 'WEBP')
+    small = (b'RIFF\x20\0\0\0WEBPVP8L\x14\0\0\0\x2f'+(5476 | 5476 << 14).to_bytes(4, 'little')).ljust(40, b'\0')
+    pictures = [base64.b64encode(p).decode() for p in (image.getvalue(), small)]
+    many = dict(products=[dict(image=p) for p in pictures*4])
+    with ThreadPoolExecutor(1) as pool:
+        batch = pool.submit(server.client.post, '/predict/batch', json=many)
+        time.sleep(.2)
+        assert server.ask().status_code == 200
+        assert [r['status'] for r in batch.result().json()['results']] == [200, 422]*4
+    assert server.worker().pid == pid and server.metric('rakuten_worker_restarts_total') == 0
 
 
 MANY = {
