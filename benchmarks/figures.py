@@ -45,9 +45,15 @@ TABLES = {
         ('recovery_s', 'back to normal after it', SECONDS, '≤ 2'),
         ('rss_growth', 'memory grown in 10,000 requests', SHARE, '≤ 5 %'),
         ('swap_failed_requests', 'requests lost when the model changes', str, '0')],
+    'gpu': [
+        ('train_images_per_s', 'ConvNeXt-Large at 500 px, trained, a second', '{:.0f}'.format, ''),
+        ('train_mfu', 'share of the peak in bf16', SHARE, ''),
+        ('encode_images_per_s', 'the same, encoded, a second', '{:.0f}'.format, '')],
     'soak': [
-        ('lost', 'honest requests lost while the model was up', str, '0'), ('late', 'or above their deadline', str, '0'),
-        ('p99_ms', 'slowest percent of them', MS, ''), ('recovery_s', 'ready again after a kill or freeze', SECONDS, ''),
+        ('lost', 'honest requests lost while the model was up', str, '0'),
+        ('late', 'or above their deadline', str, '0'),
+        ('p99_ms', 'slowest percent of them', MS, ''),
+        ('recovery_s', 'ready again after a kill or freeze', SECONDS, ''),
         ('wrong_statuses', 'wrong answers to hostile requests', str, '0'),
         ('rss_growth', 'memory grown', SHARE, '≤ 10 %')],
     'ingestion': [
