@@ -40,6 +40,7 @@ async def listing_of_form(request:Request)->PredictRequest:
             file = isinstance(v, UploadFile)
             if name not in FIELDS: raise Refused(422, 'unknown field', field=name[:64])
             if name in values: raise Refused(422, 'given twice', field=name)
+            if name == 'image' and v == '': continue  # a file field that was left empty
             if file != (name == 'image'): raise Refused(422, f"must be {'text' if file else 'a file'}", field=name)
             values[name] = await v.read() if isinstance(v, UploadFile) else v
     top_k = values.get('top_k', '3')

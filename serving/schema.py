@@ -48,10 +48,12 @@ def decode_base64(
     v, # A JSON value
 )->bytes|None:
     "Bytes of a base64 string; raises `ValueError`, which becomes a 422."
-    if v is None or isinstance(v, bytes): return v  # bytes come from a form
+    if v is None or isinstance(v, bytes): return v or None  # bytes come from a form
     if not isinstance(v, str): raise ValueError('must be a base64 string')
+    if v.startswith('data:'): v = v.partition(',')[2]  # as browsers write files
+    v = ''.join(v.split())  # mail and some tools break lines
     if len(v) > MAX_BYTES*4//3+4: raise ValueError(f'the image is larger than {MAX_BYTES:,} bytes')
-    try: return base64.b64decode(v, validate=True)
+    try: return base64.b64decode(v, validate=True) or None
     except (binascii.Error, ValueError):
         raise ValueError('is not base64; send the bytes of the file, encoded') from None
 
@@ -65,6 +67,7 @@ def strict(*examples:dict)->ConfigDict:
 BASE64 = {'type': 'string', 'contentEncoding': 'base64', 'contentMediaType': 'image/*'}
 ENCODED = WithJsonSchema({'anyOf': [BASE64, {'type': 'null'}]})
 Base64Image = Annotated[bytes|None, BeforeValidator(decode_base64), ENCODED]
+TITLE = WithJsonSchema({'anyOf': [{'type': 'string', 'maxLength': MAX_TEXT}, {'type': 'null'}]})
 Readable = BeforeValidator(without_unreadable)
 Code = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 ROBOT = {'designation': 'Robot de piscine électrique sans fil'}
@@ -73,7 +76,8 @@ ROBOT = {'designation': 'Robot de piscine électrique sans fil'}
 class Listing(BaseModel):
     "A title, a description, an image, or any of them."
     model_config = strict()
-    designation:Annotated[str, Readable] = Field('', max_length=MAX_TEXT, description='Title')
+    designation:Annotated[str, Readable, BeforeValidator(lambda v: '' if v is None else v), TITLE] = Field(
+        '', max_length=MAX_TEXT, description='Title')
     description:Annotated[str|None, Readable] = Field(
         None, max_length=MAX_TEXT, description='Description, if there is one')
     image:Base64Image = Field(None, description='JPEG, PNG, WEBP, GIF or BMP file in base64')

@@ -53,7 +53,8 @@ class Server(ls.LitServer):
         self.worker = WorkerClient(self.launch, cfg.hang_s, cfg.restart_s, cfg.give_up_s)
         self.watcher = RegistryWatcher(self.worker, api, model, cfg, problem)
         self.authenticator = authenticator
-        admission,app = AdmissionControl(cfg.max_in_flight, cfg.max_bytes), self.app
+        self.admission = admission = AdmissionControl(cfg.max_in_flight, cfg.max_bytes)
+        app = self.app
         app.title,app.version = 'rakuten-mm', api.version
         app.description = 'File a listing under a category, from its title, its description and its image.'
         routes.install(app, routes.Service(self.worker, self.watcher, store, admission, cfg), authenticator)
@@ -148,7 +149,7 @@ def serve(
     try: server = make_server(model)
     except (MissingPassword, ValueError, OSError, BundleError) as e: sys.exit(f'rakuten-mm: {e}')
     proxies = server.cfg.forwarded
-    BoundedProtocol.room = room_for_connections()
+    BoundedProtocol.room,BoundedProtocol.admission = room_for_connections(), server.admission
     config = uvicorn.Config(server.app, host=host, port=port, log_config=None, access_log=False, server_header=False,
                             http=BoundedProtocol, ws='none',
                             timeout_keep_alive=IDLE_S, timeout_graceful_shutdown=25,

@@ -320,6 +320,25 @@ def test_upload(http):
     assert r.json()['probability'] == pytest.approx(j['probability'], abs=1e-4)
 
 
+def test_f88_what_clients_mean(http):
+    "A file field that was left empty, null as title, base64 in lines, a data: URL, a form without a file."
+    parts = lambda **listing: http.post('/predict', json=listing).json()['modalities']
+    image = encoded()
+    lines = '\r\n'.join(image[i:i+76] for i in range(0, len(image), 76))
+    for sent in (lines, f'data:image/jpeg;base64,{image}', f'data:;base64,{lines}', f' {image}\n'):
+        assert parts(designation='Livre', image=sent) == ['text', 'image'], sent[:30]
+    assert parts(designation=None, image=image) == ['image'] and parts(designation='Livre', image='') == ['text']
+    for files in ({'designation': (None, 'Livre'), 'image': ('', b'')}, {'designation': (None, 'Livre')}):
+        r = http.post('/predict/upload', files=files)
+        assert r.status_code == 200 and r.json()['modalities'] == ['text'], r.text
+    empty = (b'--x\r\nContent-Disposition: form-data; name="designation"\r\n\r\nLivre\r\n--x\r\nContent-Disposition: '
+             b'form-data; name="image"; filename=""\r\nContent-Type: application/octet-stream\r\n\r\n\r\n--x--\r\n')
+    kind = {'Content-Type': 'multipart/form-data; boundary=x'}
+    assert http.post('/predict/upload', content=empty, headers=kind).json()['modalities'] == ['text']
+    for bad in ('data:,###', 'é', 'a'*77):
+        rejected(http.post('/predict', json={'designation': 'x', 'image': bad}))
+
+
 def test_f12_forms(http):
     "Parts that are there twice, of the wrong kind, or unknown."
     jpg = ('a.jpg', base64.b64decode(encoded()), 'image/jpeg')
