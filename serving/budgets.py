@@ -15,6 +15,7 @@
 | picture | bytes and pixels by kind, from its header | `rakuten_mm.data.image` | 422 |
 | time of a request | API_TIMEOUT_S | `middleware` | 408 or 504 |
 | batch | API_BATCH_SIZE listings, about `BATCH_S` | `worker` | the rest waits |
+| batch request | the n-th listing is due n times `BEHIND_S` later | `worker` | others overtake it |
 | explanation | two at a time, until its deadline | `admission`, `worker` | 503, 504 |
 | silence of the worker | API_HANG_S | `worker_client` | another worker |
 | no worker | API_GIVE_UP_S | `worker_client` | the server ends |
@@ -41,5 +42,6 @@ MIN_PASSWORD = 12 # Characters
 CHECKS = 2 # Passwords that are checked at one time: each takes a core and 64 MB
 NEIGHBOURS = 10 # An address may send so many times as many wrong credentials as one of its users
 
+BEHIND_S = .1 # Each listing of a batch request may be overtaken by what comes so much later than the one before it
 BATCH_S = 2. # A batch that takes longer keeps those behind it waiting, and looks like a worker that hangs
 DATABASE_S = 5. # For a statement, and for a connection

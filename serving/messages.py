@@ -13,6 +13,7 @@ class Job(NamedTuple):
     op:str # `predict`, `explain`, `load`, `shadow`, or `ping`
     payload:dict
     alone:bool # In a batch of its own: it may have killed a worker
+    due:float = 0. # Those that are due first are done first; by the monotonic clock
 
 
 @dataclass

@@ -39,24 +39,26 @@ def careful(f:Callable, *args):
 
 
 class JobQueue:
-    "Jobs, read by a thread as they come, so that the front never waits for the model."
+    "Jobs by the time they are due, read by a thread as they come, so that the front never waits for the model."
     def __init__(self, connection:Connection):
-        self.jobs:queue.SimpleQueue[Job|None] = queue.SimpleQueue()  # None wakes the worker
+        self.jobs:queue.PriorityQueue[tuple[float, int, Job|None]] = queue.PriorityQueue()  # None wakes the worker
         self.held:Job|None = None
         threading.Thread(target=self._read, args=(connection,), name='jobs', daemon=True).start()
 
     def _read(self, connection:Connection):
         while True:
-            try: self.jobs.put(connection.recv())
+            try: job = connection.recv(); self.jobs.put((job.due, job.uid, job))
             except (EOFError, OSError): os._exit(0)  # the front is gone, however it went
+
+    def wake(self): self.jobs.put((0., -1, None))
 
     def take(self, most:int, wait_s:float)->list[Job]: # Empty if the worker was only woken
         "At least one job, and those that follow at once or within `wait_s`."
-        first = self.held or self.jobs.get(); self.held = None
+        first = self.held or self.jobs.get()[-1]; self.held = None
         if first is None: return []
         out,end = [first], time.monotonic()+wait_s
         while len(out) < most and not first.alone:
-            try: job = self.jobs.get(timeout=max(end-time.monotonic(), 0))
+            try: job = self.jobs.get(timeout=max(end-time.monotonic(), 0))[-1]
             except queue.Empty: break
             if job is None: break
             if job.alone: self.held = job; break
@@ -87,7 +89,7 @@ class MicroBatches(LitLoop):
                 if j.op == 'ping': send(('progress',))
                 if j.op == 'explain': explaining.submit(self.explain, send, j, lit_api.model)
                 if j.op in ('load', 'shadow'):
-                    threading.Thread(target=self.load, args=(lit_api, send, j, waiting.jobs.put), daemon=True).start()
+                    threading.Thread(target=self.load, args=(lit_api, send, j, waiting.wake), daemon=True).start()
             jobs = [j for j in jobs if j.op == 'predict']
             if not jobs: continue
             send(('start', [j.uid for j in jobs]))
@@ -113,7 +115,7 @@ class MicroBatches(LitLoop):
         except Exception as e:
             why = Problem(500, 'model_refused', f'{type(e).__name__}: {e}')
             send(('done', [(job.uid, lit_api.version, why)], 0.))
-        wake(None)
+        wake()
 
 
 class ProductAPI(ls.LitAPI):

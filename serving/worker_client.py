@@ -207,9 +207,14 @@ class WorkerClient:
         if p.job.op != 'predict': p.started = time.monotonic()  # whatever else a worker was given, it is doing
         self._to_worker(p.job)
 
-    async def ask(self, op:str, payload:dict)->tuple[str, dict]: # Version that answered, and its answer
+    async def ask(self,
+        op:str, # Of `Job`
+        payload:dict,
+        behind_s:float = 0., # What comes so much later may be done before
+    )->tuple[str, dict]: # Version that answered, and its answer
         "Have the worker do something; raises `Refused`."
-        p = PendingRequest(Job(next(self.ids), op, payload, False), self.loop.create_future())
+        job = Job(next(self.ids), op, payload, False, time.monotonic()+behind_s)
+        p = PendingRequest(job, self.loop.create_future())
         self.pending[p.job.uid] = p
         try:
             if self.ready: self._send(p)

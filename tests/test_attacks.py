@@ -3,6 +3,7 @@ import asyncio
 import base64
 import io
 import json
+import multiprocessing as mp
 import os
 import signal
 import socket
@@ -25,8 +26,10 @@ from serving import server as front
 from serving.auth import Authenticator, MissingPassword, add_user
 from serving.config import ServeConfig
 from serving.errors import Refused
+from serving.messages import Job
 from serving.store import Store
 from serving.testing import USER, free_port, running_server
+from serving.worker import JobQueue
 from serving.worker_client import WorkerClient
 
 JSON = {'Content-Type': 'application/json'}
@@ -403,3 +406,16 @@ def test_f78_server_and_a_database_that_cannot_be_used(bundle, tmp_path, monkeyp
     monkeypatch.setattr(front, 'log_as_json', lambda: None)
     with pytest.raises(SystemExit) as e: front.serve(str(bundle), port=free_port())
     assert e.value.code.startswith('rakuten-mm: ') and len(e.value.code.splitlines()) == 1
+
+
+OPEN:list = []
+
+def test_f59_batches_are_overtaken():
+    "A listing of a batch waits for what others ask a little later; whatever is due first is done first."
+    near,far = mp.Pipe(False)
+    waiting = JobQueue(near); OPEN.append(far)  # a worker whose front has gone ends its process, which is this one
+    for uid,due in ((1, 5.), (2, 5.1), (3, 5.2), (4, 5.05), (5, 6.)): far.send(Job(uid, 'predict', {}, uid == 5, due))
+    until(lambda: waiting.jobs.qsize() == 5, 5)
+    assert [j.uid for j in waiting.take(2, 0)] == [1, 4] and [j.uid for j in waiting.take(9, 0)] == [2, 3]
+    waiting.wake()
+    assert [j.uid for j in waiting.take(9, 0)] == [5] and waiting.take(9, 0) == []
