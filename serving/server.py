@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -162,19 +161,20 @@ def serve(
     except RuntimeError as e: ended = str(e)
     finally:
         server.worker.stop()
-        for pool in (threads, server.store.pool, server.authenticator.checks): pool.shutdown(False, cancel_futures=True)
+        pools = threads,server.store.pool,server.authenticator.checks
+        for pool in pools: pool.shutdown(False, cancel_futures=True)
     leave_the_log()
-    if waits_for_ever():
+    if waits_for_ever(*pools):
         print(f'rakuten-mm: {ended or "ended while something did not answer"}', file=sys.stderr, flush=True)
         os._exit(bool(ended))
     if ended: sys.exit(f'rakuten-mm: {ended}')
 
 
-def waits_for_ever()->bool:
-    "True if a thread of ours does not end: it would keep the process."
-    ours = [t for t in threading.enumerate() if t.name.startswith(('waiting', 'database', 'passwords'))]
-    for t in ours: t.join(1)
-    return any(t.is_alive() for t in ours)
+def waits_for_ever(*pools:ThreadPoolExecutor)->bool:
+    "True if a thread of one of them does not end: it would keep the process."
+    threads = [t for p in pools for t in p._threads]
+    for t in threads: t.join(1)
+    return any(t.is_alive() for t in threads)
 
 
 async def run(server:Server, uv:uvicorn.Server)->str: # Why it ended, if it was not asked to
