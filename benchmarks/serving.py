@@ -89,6 +89,14 @@ def request(designation:str, description:str, image:bytes|None)->dict:
 def middle(runs:list[dict], key:str)->float: return statistics.median(r[key] for r in runs)
 
 
+def register(bundle:Path)->int:
+    "The new version of a bundle in the registry."
+    with tracked_run() as run: return register_bundle(run, bundle)
+
+
+def promote(version:int): mlflow_client().set_registered_model_alias(MODEL, 'champion', version)
+
+
 @dataclass
 class Bench:
     "The parts' common ground."
@@ -106,13 +114,11 @@ class Bench:
     @cached_property
     def versions(self)->list[int]:
         "The bundle, registered twice."
-        def register():
-            with tracked_run() as run: return register_bundle(run, self.bundle)
-        return [register(), register()]
+        return [register(self.bundle), register(self.bundle)]
 
     def promote(self, i:int):
         "Let the alias point at one of `versions`."
-        mlflow_client().set_registered_model_alias(MODEL, 'champion', self.versions[i])
+        promote(self.versions[i])
 
     def requests(self, name:str, rows)->Path:
         "A file of request bodies."

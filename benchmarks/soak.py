@@ -35,9 +35,10 @@ from PIL import Image
 
 from benchmarks.harness import main, option, say, tree_rss
 from benchmarks.inference import make_bundle
+from benchmarks.serving import promote, register
 from rakuten_mm.api import basic_auth
-from rakuten_mm.core.tracking import mlflow_client, tracked_run
-from rakuten_mm.registry.versions import MODEL, register_bundle
+from rakuten_mm.core.tracking import mlflow_client
+from rakuten_mm.registry.versions import MODEL
 from serving.testing import RunningServer, running_server
 
 DEADLINE_S = 10.
@@ -143,7 +144,7 @@ class Soak:
     async def guess(self):
         "Wrong passwords, many at once, for a name that there is not."
         self.asked['guesses'] += 1
-        wrong = {'Authorization': basic_auth('mallory', secrets_of(self.rng))}
+        wrong = {'Authorization': basic_auth('mallory', f'{self.rng.getrandbits(64):x}')}
         async def one():
             try:
                 async with aiohttp.ClientSession(self.server.url, headers=wrong) as http, http.get('/version') as r:
@@ -232,12 +233,6 @@ class Soak:
             unrecorded=self.server.metric('rakuten_unrecorded_answers'))
 
 
-def secrets_of(rng:random.Random)->str: return f'{rng.getrandbits(64):x}'
-
-
-def promote(version:int): mlflow_client().set_registered_model_alias(MODEL, 'champion', version)
-
-
 def damage(version:int):
     "Change a byte of a registered bundle."
     source = mlflow_client().get_model_version(MODEL, str(version)).source
@@ -248,9 +243,7 @@ def damage(version:int):
 def bench(args, work:Path)->dict:
     "A server of its own for each seed."
     bundle,_ = make_bundle(work, True)
-    def register():
-        with tracked_run() as run: return register_bundle(run, bundle)
-    versions = [register() for _ in range(3)]
+    versions = [register(bundle) for _ in range(3)]
     damage(versions[2]); bodies,out = hostile_bodies(), []
     minutes = 1. if args.quick else args.minutes
     for seed in range(args.seeds):

@@ -44,4 +44,5 @@ NEIGHBOURS = 10 # An address may send so many times as many wrong credentials as
 
 BEHIND_S = .1 # Each listing of a batch request may be overtaken by what comes so much later than the one before it
 BATCH_S = 2. # A batch that takes longer keeps those behind it waiting, and looks like a worker that hangs
+PROGRESS_S = .25 # A worker that is at work says so no more often
 DATABASE_S = 5. # For a statement, and for a connection

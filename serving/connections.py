@@ -5,13 +5,20 @@ getting any further is counted here.
 """
 import asyncio
 import resource
+import secrets
 from contextlib import suppress
 from typing import ClassVar
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from rakuten_mm.api import PAGES
 from serving.admission import AdmissionControl
 from serving.budgets import HEADER_S, KEPT_FILES, MAX_CONNECTIONS, MAX_FIELDS, MAX_HEADER
+from serving.errors import Refused
+from serving.middleware import SAFE, note
+from serving.schema import ErrorBody
+
+LISTINGS = frozenset(p.path for p in PAGES if p.listings)
 
 
 def room_for_connections()->int:
@@ -75,10 +82,21 @@ class BoundedProtocol(HttpToolsProtocol):
         self.idle.pop(self, None); self.forget_timer()
         alone = self.cycle is None or (self.cycle.response_complete and not self.pipeline)
         goes_on = self.parser.should_keep_alive() and not self.expect_100_continue  # and so the body comes in any case
-        asked = self.admission if alone and goes_on else None
-        answer = asked.refusal(self.url.decode('latin-1')) if asked else None
-        if answer is None: super().on_headers_complete(); return
-        self.refused = True; self.transport.write(answer)
+        full = self.admission if self.admission and self.admission.is_full else None
+        path = self.url.decode('latin-1')
+        if full and alone and goes_on and path in LISTINGS: self.refuse(path, full.no_place())
+        else: super().on_headers_complete()
+
+    def refuse(self, path:str, e:Refused):
+        "Answer, and throw the body away that follows."
+        id,body = secrets.token_hex(8), ErrorBody(error=e.error).model_dump_json().encode()
+        about = SAFE | {b'content-type': b'application/json', b'content-length': b'%d' % len(body)}
+        about |= {b'x-request-id': id.encode()} | {k.lower().encode(): v.encode() for k,v in (e.headers or {}).items()}
+        head = b''.join(b'%b: %b\r\n' % pair for pair in about.items())
+        self.refused = True
+        self.transport.write(b''.join([STATUS_LINE[e.status_code], head, b'\r\n', body]))
+        note(path, e.status_code, 0., request_id=id, method=self.parser.get_method().decode(),
+             client=self.client[0] if self.client else 'unknown', bytes=0, user='')
 
     def on_body(self, body:bytes):
         self.fruitless = 0

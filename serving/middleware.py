@@ -48,6 +48,12 @@ def check_framing(scope:Scope):
         raise Refused(400, 'a request names one host', headers={'Connection': 'close'})
 
 
+def note(path:str, status:int, took:float, **about):
+    "Count a request, and write its line in the log; `took` is in seconds."
+    metrics.REQUESTS.labels(path, str(status)).inc(); metrics.LATENCY.labels(path).observe(took)
+    if path not in QUIET or status >= 400: log.info('request', path=path, status=status, ms=round(1e3*took, 1), **about)
+
+
 def under(path:str, root:str)->bool: return path == root or path.startswith(root+'/')
 
 
@@ -87,24 +93,23 @@ class RequestMiddleware:
         check_framing(request.scope)
         if request.scope['method'] not in ('GET', 'OPTIONS') and from_another_site(headers):
             raise Refused(403, 'a page of another site may not do this')
-        client = (request.scope.get('client') or ('unknown',))[0]
-        state = request.scope['state'] = {**request.scope.get('state', {}), 'client': client}
+        state = request.scope['state'] = {**request.scope.get('state', {}), 'client': request.client}
         if not page or (page.role and page.switch not in self.opened):
             sent = headers.get(b'authorization', b'').decode('latin-1')
-            state['principal'] = request.principal = who = await self.authenticator.identify(sent, client)
+            state['principal'] = request.principal = who = await self.authenticator.identify(sent, request.client)
             needs = page.role if page else 'predict'
             if not who.may(needs): raise Refused(403, f'{path} needs the role {needs}; {who.name} has {who.role}')
         admitted = page is not None and page.listings and page.path == path
         request.limit = MAX_BODY if admitted else SMALL_BODY
         length = headers.get(b'content-length', b'0')
-        request.declared = int(length) if length.isdigit() else 0
-        if request.declared > request.limit: raise request.too_large()
-        request.body_done = not request.declared and b'transfer-encoding' not in headers
+        declared = int(length) if length.isdigit() else 0
+        if declared > request.limit: raise request.too_large()
+        request.body_done = not declared and b'transfer-encoding' not in headers
         if admitted:
             request.admission = self.admission
             self.admission.take()
         try:
-            if admitted: request.charge(request.declared)
+            if admitted: request.charge(declared)
             async with asyncio.timeout(self.cfg.timeout_s):
                 await self.app(request.scope, request.receive, request.send)
         except TimeoutError:
@@ -119,12 +124,12 @@ class TrackedRequest:
     "A request on its way, and what will be logged about it."
     def __init__(self, scope:Scope, receive:Receive, send:Send, id:str):
         self.scope,self._receive,self._send,self.id,self.path = dict(scope),receive,send,id,scope['path']
-        self.method,self.client = scope['method'], (scope.get('client') or ('',))[0]
+        self.method,self.client = scope['method'], (scope.get('client') or ('unknown',))[0]
         if self.method == 'HEAD': self.scope['method'] = 'GET'  # uvicorn sends no body to whoever asked for none
         self.status,self.began,self.size,self.limit = 0, time.perf_counter(), 0, SMALL_BODY
         self.principal,self.body_done,self.over = Principal('', 'predict'), False, False
         self.admission:AdmissionControl|None = None # Of the bytes, if they are counted
-        self.declared,self.charged = 0, 0
+        self.charged = 0
 
     def charge(self, size:int):
         "Have `size` bytes counted; raises 503 if there is no room."
@@ -161,9 +166,6 @@ class TrackedRequest:
 
     def note(self):
         "Write a line in the log, and count."
-        took,route = time.perf_counter()-self.began, self.scope.get('route')
-        path = getattr(route, 'path', None) or ('/static' if under(self.path, '/static') else 'other')
-        metrics.REQUESTS.labels(path, str(self.status)).inc(); metrics.LATENCY.labels(path).observe(took)
-        if self.path in QUIET and self.status < 400: return
-        log.info('request', request_id=self.id, method=self.method, client=self.client, path=path, status=self.status,
-                 ms=round(1e3*took, 1), bytes=self.size, user=self.principal.name)
+        path = getattr(self.scope.get('route'), 'path', None) or ('/static' if under(self.path, '/static') else 'other')
+        note(path, self.status, time.perf_counter()-self.began, request_id=self.id, method=self.method,
+             client=self.client, bytes=self.size, user=self.principal.name)

@@ -6,11 +6,10 @@ import asyncio
 import json
 import logging
 import math
-import os
 import time
 from pathlib import Path
 
-from rakuten_mm.core.environment import artifacts_dir
+from rakuten_mm.core.environment import artifacts_dir, limit_mlflow
 from rakuten_mm.core.files import write_atomic
 from rakuten_mm.models.manifest import BundleError, open_bundle, verify_manifest
 from serving import metrics
@@ -30,8 +29,8 @@ def note_of(model:str)->Path:
 def remember(model:str, bundle:str, version:str):
     "Write down what a server that starts without a registry should take; if that fails, go on without."
     if not model.startswith('models:/'): return
-    path = Path(bundle).resolve()
-    if path.is_relative_to(artifacts_dir().resolve()): path = path.relative_to(artifacts_dir().resolve())
+    path,home = Path(bundle).resolve(), artifacts_dir().resolve()
+    if path.is_relative_to(home): path = path.relative_to(home)
     try: write_atomic(note_of(model), json.dumps(dict(bundle=str(path), version=version)).encode())
     except OSError as e: log.warning('the model could not be written down: %s', e)
 
@@ -49,8 +48,7 @@ def remembered(model:str)->tuple[Path, str]:
 
 def resolve(model:str)->tuple[Path, str]:
     "A verified bundle and its version's name; raises `FileNotFoundError`, `BundleError`, or an error of MLflow."
-    for k,v in dict(MLFLOW_HTTP_REQUEST_MAX_RETRIES='1', MLFLOW_HTTP_REQUEST_TIMEOUT='10').items():
-        os.environ.setdefault(k, v)
+    limit_mlflow()
     if not model.startswith('models:/'): return open_bundle(model)
     from rakuten_mm.registry.versions import resolve_model  # MLflow takes seconds to import; a folder does without
     return resolve_model(model)

@@ -27,7 +27,7 @@ from serving.connections import BoundedProtocol, room_for_connections
 from serving.messages import PipeTransport
 from serving.middleware import RequestMiddleware
 from serving.registry_watcher import RegistryWatcher, resolve_at_start
-from serving.store import Store
+from serving.store import Store, cause_of
 from serving.worker import ProductAPI, settle
 from serving.worker_client import WorkerClient
 
@@ -86,7 +86,7 @@ class Server(ls.LitServer):
         while self.cfg.keep_days:
             before = datetime.now(UTC)-timedelta(days=self.cfg.keep_days)
             try: out = await asyncio.get_running_loop().run_in_executor(self.store.pool, self.store.erase, before)
-            except (SQLAlchemyError, OSError) as e: log.error('old answers stay: %s', str(e).splitlines()[0])
+            except (SQLAlchemyError, OSError) as e: log.error('old answers stay: %s', cause_of(e))
             else:
                 metrics.ERASED.inc(out['answers']+out['corrected'])
                 if any(out.values()): log.info('removed what is older than API_KEEP_DAYS', extra=out)

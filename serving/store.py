@@ -204,10 +204,14 @@ def migrate(url:str, deadline_s:float=60.):
     finally: engine.dispose()
 
 
+def cause_of(e:Exception)->str:
+    "What the database, or the system, said, in one line."
+    return ' '.join(str(e.orig if isinstance(e, DBAPIError) and e.orig else e).split())
+
+
 def unusable(engine:Engine, e:Exception)->UnusableDatabase:
     "What is wrong with a database, in one line."
-    name = engine.url.render_as_string(hide_password=True)
-    cause = ' '.join(str(e.orig if isinstance(e, DBAPIError) and e.orig else e).split())
+    name,cause = engine.url.render_as_string(hide_password=True), cause_of(e)
     if isinstance(e, CommandError) and 'locate revision' in cause:
         return UnusableDatabase(f'{name} was written by a newer version; install that version, or restore a backup')
     if 'already exists' in cause or 'duplicate column' in cause:
@@ -293,8 +297,8 @@ class Store:
         "Remember whether the database can be used, with one line in the log when that changes."
         try: yield
         except (OperationalError, OSError) as e:
-            why = str(e.orig if isinstance(e, DBAPIError) and e.orig else e)
-            if not self.problem: log.error('the database cannot be used: %s', ' '.join(why.split()))
+            why = cause_of(e)
+            if not self.problem: log.error('the database cannot be used: %s', why)
             self.problem = why; metrics.DATABASE_DOWN.set(1)
             raise
         if self.problem: log.info('the database can be used again')
@@ -334,15 +338,18 @@ class Store:
 
     def _drop(self, n:int, e:Exception):
         self.dropped += n
-        log.error('%s answers could not be recorded: %s', n, str(e).splitlines()[0])
+        log.error('%s answers could not be recorded: %s', n, cause_of(e))
 
     def _record(self, batch:list[tuple[dict, bytes|None]]):
         "Write answers at once, or one by one if the database refuses them together."
         if not batch or (self.closed and self.problem): self.dropped += len(batch); return
         rows = []
         for row,image in batch:
-            try: rows.append(row); image is None or self._keep(row['image_sha256'], image)
-            except OSError as e: rows.pop(); self._drop(1, e)
+            try:
+                if image is not None: self._keep(row['image_sha256'], image)
+                rows.append(row)
+            except OSError as e: self._drop(1, e)
+        if not rows: return
         try:
             with self.begin() as c: c.execute(insert(Prediction), rows)
         except SQLAlchemyError as e:

@@ -20,7 +20,7 @@ import litserve as ls
 from litserve.loops.base import LitLoop
 
 from rakuten_mm.core.process import n_threads
-from serving.budgets import BATCH_S
+from serving.budgets import BATCH_S, PROGRESS_S
 from serving.messages import Job, PipeTransport, Problem
 
 if TYPE_CHECKING:
@@ -94,9 +94,10 @@ class MicroBatches(LitLoop):
             if not jobs: continue
             send(('start', [j.uid for j in jobs]))
             start,version = time.monotonic(), lit_api.version
-            x = []
+            x,said = [], start
             for prepared in pool.map(partial(careful, lit_api.decode_request), [j.payload for j in jobs]):
-                x.append(prepared); send(('progress',))
+                x.append(prepared)
+                if (now := time.monotonic())-said > PROGRESS_S: said = now; send(('progress',))
             out = [lit_api.encode_response(y) for y in lit_api.predict(x)]
             took = time.monotonic()-start
             self.each_s = took/len(jobs)

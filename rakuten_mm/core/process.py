@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
-from pathlib import Path
 from threading import Thread
 import psutil
 

@@ -17,7 +17,6 @@ import mlflow
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking._tracking_service import utils
 from .config import TrainConfig
 from .environment import artifacts_dir
@@ -46,6 +45,7 @@ def create_store(
     db:Path, # SQLite file that is not there
 ):
     "Make MLflow's database, whole or not at all; raises `TrackingError` where one was lost."
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # only the first start needs it
     db.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{db}.lock'):
         if has_content(db): return  # another first run was quicker
