@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
+touch setup.py # uv keeps what it once read, and looks only at the time of this file, while the lists stand in settings.ini
 # What installs and builds is locked like the rest. soupsieve wants 3.11.5; of a universal lock, any platform takes what is its own.
 printf 'pip\nsetuptools>=77\n' | uv pip compile --quiet --no-config --universal --python-version 3.11.5 --generate-hashes --no-annotate \
     --custom-compile-command scripts/lock.sh --extra dev setup.py - --output-file requirements.txt "$@"
