@@ -18,6 +18,7 @@ import pytest
 
 from rakuten_mm.sources.archive import STAGE, ArchiveError, Limits, unpack
 from rakuten_mm.sources.fetch import FLAGS, FetchError, fetch
+from rakuten_mm.sources.sync import describe_fetch
 
 PASSWORD = 'Xq7-geheim-42'
 needs_rclone = pytest.mark.skipif(not shutil.which('rclone'), reason='rclone is not installed')
@@ -394,3 +395,63 @@ def test_f36_names_that_break_lines(folder, tmp_path):
     (tmp_path/'victim').write_text('safe')
     with pytest.raises(ArchiveError, match='control characters'): fetch(str(folder), tmp_path/'raw', progress=False)
     assert (tmp_path/'victim').read_text() == 'safe' and not delivered(tmp_path/'raw')
+
+
+# 86: what partners pack ---------------------------------------------------------------------------------------------
+
+PICTURE = b'\xff\xd8\xff\xe0 a picture'
+
+
+@needs_rclone
+def test_f86_a_packed_folder_stays_a_folder(folder, tmp_path):
+    "Two months side by side do not replace each other, and what a Mac adds is no listing."
+    (folder/'X_train.csv').unlink()
+    for month in ('october', 'november'):
+        zipped(folder/f'{month}.zip', (f'{month}/X_train.csv', month.encode()), (f'{month}/images/a.jpg', PICTURE),
+               (f'__MACOSX/{month}/._X_train.csv', b'mac'), (f'{month}/.DS_Store', b'mac'))
+    fetch(str(folder), tmp_path/'raw', progress=False)
+    found = tree(tmp_path/'raw')
+    assert found['november/X_train.csv'] == b'november' and found['october/X_train.csv'] == b'october'
+    assert found['november/images/a.jpg'] == PICTURE and not any('MACOSX' in n or '.DS' in n for n in found)
+    assert fetch(str(folder), tmp_path/'raw', progress=False).archives == []
+    (tmp_path/'raw/november/X_train.csv').unlink()
+    assert fetch(str(folder), tmp_path/'raw', progress=False).archives == ['november.zip'], 'one of its files was gone'
+
+
+@needs_rclone
+@pytest.mark.parametrize(('archive', 'name', 'there'), [
+    ('images.zip', 'image_train/image_1_product_2.jpg', 'images/image_train/image_1_product_2.jpg'),
+    ('images.tgz', 'images/image_train/image_1_product_2.jpg', 'images/image_train/image_1_product_2.jpg'),
+    ('photos.zip', 'image_1_product_2.jpg', 'images/image_train/image_1_product_2.jpg'),
+    ('photos.zip', 'Photos November/image_1_product_2.JPG', 'images/image_train/image_1_product_2.JPG'),
+    ('photos.zip', 'red/front.png', 'images/red/front.png'),
+    ('images/image_train.zip', 'image_1_product_2.jpg', 'images/image_train/image_1_product_2.jpg'),
+    ('images/more.zip', 'image_train/image_1_product_2.jpg', 'images/image_train/image_1_product_2.jpg'),
+    ('images/image_train/1.zip', 'a.webp', 'images/image_train/a.webp'),
+    ('november/photos.zip', 'IMAGES/front.png', 'november/images/front.png')])
+def test_f86_pictures_packed_apart_are_put_where_listings_look(folder, tmp_path, archive, name, there):
+    (folder/archive).parent.mkdir(parents=True, exist_ok=True)
+    if archive.endswith('.zip'): zipped(folder/archive, (name, PICTURE))
+    else: tarred(folder/archive, (name, PICTURE, {}), mode='w:gz')
+    assert fetch(str(folder), tmp_path/'raw', progress=False).archives == [archive]
+    assert (tmp_path/'raw'/there).read_bytes() == PICTURE
+    assert fetch(str(folder), tmp_path/'raw', progress=False).archives == []
+
+
+@needs_rclone
+def test_f86_pictures_that_would_replace_others_are_refused(folder, tmp_path):
+    "Also where only the places that they get are the same."
+    zipped(folder/'a.zip', ('image_1_product_2.jpg', PICTURE))
+    zipped(folder/'b.zip', ('other/image_1_product_2.jpg', b'another'))
+    with pytest.raises(ArchiveError, match=r'b\.zip: .*replace'): fetch(str(folder), tmp_path/'raw', progress=False)
+    zipped(folder/'b.zip', ('x/image_3_product_4.jpg', b'1'), ('y/IMAGE_3_product_4.jpg', b'2'),
+           ('z/image_3_product_4.jpg', b'3'))
+    with pytest.raises(ArchiveError, match='would replace'): fetch(str(folder), tmp_path/'raw', progress=False)
+
+
+@needs_rclone
+def test_f86_kinds_that_stay_packed_are_named(folder, tmp_path):
+    for name in ('photos.rar', 'images/more.7z', 'big.zip.001', 'X_train.csv.gz'): (folder/name).write_bytes(b'Rar!')
+    said = describe_fetch(fetch(str(folder), tmp_path/'raw', progress=False))
+    assert 'left packed: X_train.csv.gz, big.zip.001, images/more.7z, photos.rar' in said and '.zip' in said
+    assert 'left packed' in describe_fetch(fetch(str(folder), tmp_path/'raw', progress=False)), 'also the second time'

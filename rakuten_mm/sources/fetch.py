@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['SECRET', 'SHOWN', 'HOPELESS', 'INSTALL', 'FLAGS', 'STATE', 'WHOLE', 'SUMS', 'FetchError', 'Unreachable', 'scrub',
            'rclone_failure', 'read_log', 'rclone', 'transfer', 'check_remote_matches', 'read_sums', 'verify_sums',
-           'one_round', 'unpack_new', 'Fetched', 'check_remote', 'fetch']
+           'one_round', 'unpack_new', 'left_packed', 'Fetched', 'check_remote', 'fetch']
 
 # %% ../../nbs/lib/sources/01_fetch.ipynb #8ce48a43
 import hashlib, json, os, re, shutil, subprocess, tempfile, time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from filelock import FileLock, Timeout
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 from tqdm import tqdm
-from .archive import ARCHIVES, check_archive, safe_name, unpack
+from .archive import ARCHIVES, PACKED, check_archive, safe_name, unpack
 from ..core.files import sha256_file
 
 # %% ../../nbs/lib/sources/01_fetch.ipynb #b22bdd3c
@@ -198,18 +199,27 @@ def unpack_new(
     "Unpack the delivery's archives unless that was done; raises `ArchiveError`."
     note,keep,new = raw_dir/STATE/'unpacked.json', {*delivered, STATE}, []
     done = json.loads(note.read_text()) if note.exists() else {}
-    for name in sorted(n for n in delivered if '/' not in n and n.lower().endswith(ARCHIVES)):
+    for name in sorted(n for n in delivered if n.lower().endswith(ARCHIVES)):
         digest,old = sha256_file(raw_dir/name), done.get(name, {'sha256': ''})
         here = lambda files: all((p := raw_dir/n).is_file() and p.stat().st_size == size for n,size in files.items())
         if digest != old['sha256'] or not here(old['files']):
-            files = check_archive(raw_dir/name, keep=[STATE])
+            files = dict(check_archive(raw_dir/name, keep=[STATE], archive=name).values())
             if files.keys() <= delivered and here(files): continue
             (raw_dir/WHOLE).unlink(missing_ok=True)
-            done[name] = {'sha256': digest, 'files': unpack(raw_dir/name, raw_dir, keep=keep, progress=progress)}
+            files = unpack(raw_dir/name, raw_dir, keep=keep, progress=progress, archive=name)
+            done[name] = {'sha256': digest, 'files': files}
             note.with_suffix('.new').write_text(json.dumps(done)); note.with_suffix('.new').replace(note)
             new.append(name)
         keep |= done[name]['files'].keys()
     return new
+
+
+# %% ../../nbs/lib/sources/01_fetch.ipynb #4399614a
+def left_packed(
+    names:Iterable[str] # Of files
+)->list[str]: # Sorted
+    "Archives that `fetch` cannot unpack."
+    return sorted(n for n in names if PACKED.search(n) and not n.lower().endswith(ARCHIVES))
 
 # %% ../../nbs/lib/sources/01_fetch.ipynb #128fed2f
 @dataclass(frozen=True)
@@ -220,6 +230,8 @@ class Fetched:
     seconds:float # From start to end
     archives:list[str] # Archives that were unpacked
     delivered:int # Files of the delivery, arrived now or before
+    packed:list[str] = field(default_factory=list) # Archives that stay packed: of a kind that cannot be unpacked here
+
 
 # %% ../../nbs/lib/sources/01_fetch.ipynb #9ab2b89a
 def check_remote(
@@ -258,4 +270,5 @@ def fetch(
         raise Unreachable(f'another fetch into {raw_dir}, or an ingestion of it, is running; wait for it') from None
     except Unreachable as e:
         raise Unreachable(f'{e} (tried {retries} times; run it again to go on where it stopped)') from None
-    return Fetched(len(moved), sum(moved.values()), round(time.monotonic()-t0, 3), archives, len(delivered))
+    return Fetched(len(moved), sum(moved.values()), round(time.monotonic()-t0, 3), archives, len(delivered),
+                   left_packed(delivered))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from filelock import FileLock, Timeout
-from .archive import ArchiveError
+from .archive import ARCHIVES, ArchiveError
 from .fetch import STATE, WHOLE, Fetched, FetchError, Unreachable, fetch, scrub
 
 # %% ../../nbs/lib/sources/02_sync.ipynb #c1d0e002
@@ -46,7 +46,11 @@ def describe_fetch(
 )->str:
     "One line for people."
     moved = f'{f.files} new or changed of {f.delivered} files, {f.bytes:,} bytes in {f.seconds:.1f} s'
-    return f"{moved}; unpacked: {', '.join(f.archives) or 'nothing'}"
+    done = f"{moved}; unpacked: {', '.join(f.archives) or 'nothing'}"
+    if not f.packed: return done
+    some = ', '.join(f.packed[:5])+(f' and {len(f.packed)-5} more' if len(f.packed) > 5 else '')
+    return (f"{done}; left packed: {some}, which cannot be unpacked here: unpack them on the other side, "
+            f"or pack them as {', '.join(ARCHIVES[:4])}")
 
 def fetch_and_note(
     remote:str,
