@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import timm
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -27,7 +28,7 @@ from rakuten_mm.core.process import n_threads
 from rakuten_mm.data.dataset import Dataset
 from rakuten_mm.data.image import decode_image, to_square
 from rakuten_mm.data.ingestion import ingest
-from rakuten_mm.data.schema import image_name, read_listings
+from rakuten_mm.data.schema import image_name, read_products
 from rakuten_mm.data.text import clean_text
 from rakuten_mm.models.embeddings import ahead
 from rakuten_mm.models.encoders import HFEncoder, ImageEncoder, hf_encoder, image_encoder
@@ -124,7 +125,7 @@ def text_part(spec:str|None, work:Path, n:int, rounds:int)->dict:
 
 def rows_of(raw:Path)->list[tuple]:
     "Designation, description and encoded image of a delivery's listings."
-    rows,images = read_listings(raw/'X_train_update.csv'), raw/'images'/'image_train'
+    rows,images = pd.concat(read_products(raw/'X_train_update.csv')), raw/'images'/'image_train'
     files = [(r, images/image_name(r.imageid, r.productid)) for r in rows.itertuples()]
     return [(r.designation, r.description, f.read_bytes()) for r,f in files if f.exists()]
 

@@ -23,7 +23,8 @@ from rakuten_mm.data.diff import diff
 from rakuten_mm.data.image import InvalidImage, decode_image
 from rakuten_mm.data.ingestion import DataBusyError, ingest
 from rakuten_mm.data.leakage import LeakError, leak_report, tabular_features
-from rakuten_mm.data.schema import RawDataError, image_name
+from rakuten_mm.data.schema import image_name
+from rakuten_mm.data.tables import RawDataError
 from rakuten_mm.synthetic.catalogue import synthesize
 
 N = 300

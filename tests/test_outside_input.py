@@ -45,7 +45,8 @@ from rakuten_mm.data.ingestion_report import (
     refusals,
     sample_figure,
 )
-from rakuten_mm.data.schema import RawDataError, image_name, records
+from rakuten_mm.data.schema import image_name
+from rakuten_mm.data.tables import RawDataError, open_table
 from rakuten_mm.data.text import clean_text, strip_tags
 from rakuten_mm.evaluation.model_card import name_classes
 from rakuten_mm.models.batch_inference import prepare_row
@@ -341,10 +342,10 @@ def test_f72_a_lone_carriage_return_stays_in_its_record(tmp_path):
     "In what reviewers said, read back by the ingestion, and in what goes to spreadsheets."
     titles = ['abc\r', '\rabc', 'a\rb', 'a\r\nb', 'a"\rb', 'plain', 'a, b']
     write_csv_rows(tmp_path/'x.csv', ['', 'designation'], [[i, t] for i,t in enumerate(titles)])
-    back = [f for _,f,why in records(tmp_path/'x.csv') if not why]
+    back = [f for _,f,why in open_table(tmp_path/'x.csv', []).all_records() if not why]
     assert back == [['', 'designation'], *([str(i), t] for i,t in enumerate(titles))]
     write_csv(pd.DataFrame(dict(id=range(7), title=titles)), tmp_path/'y.csv')
-    assert [f[0] for _,f,why in records(tmp_path/'y.csv') if not why] == ['id', *map(str, range(7))]
+    assert [f[0] for _,f,why in open_table(tmp_path/'y.csv', []).all_records() if not why] == ['id', *map(str, range(7))]
 
 
 # -- 76: a version is what its name says -------------------------------------------------------------------------------

@@ -109,16 +109,22 @@ def fetch_command(remote, raw_dir, retries, timeout_s, every_s):
 @click.argument('data_dir', type=folder)
 @click.option('--seed', default=42, help='Of the splits of a new dataset.')
 @click.option('--snapshot', is_flag=True, help='RAW_DIR is the whole catalogue: remove products that it does not hold.')
+@click.option('--columns', default='', help="The files' names of our columns, e.g. title=Libellé,code=Rayon,image=Photo; "
+              'kept for later deliveries.')
 @click.option('--max-quarantine', default=.05, type=click.FloatRange(0, 1),
               help="Largest share of a file's records that may be refused.")
-def ingest_command(raw_dir, data_dir, seed, snapshot, max_quarantine):
+def ingest_command(raw_dir, data_dir, seed, snapshot, columns, max_quarantine):
     "Merge the delivery (listings, corrections, or both) in RAW_DIR into the dataset in DATA_DIR."
     from rakuten_mm.data.dataset import versions
     from rakuten_mm.data.ingestion import ingest
+    from rakuten_mm.data.schema import read_columns
     before = versions(data_dir)
-    m = ingest(raw_dir, data_dir, seed, snapshot, max_quarantine).manifest
+    m = ingest(raw_dir, data_dir, seed, snapshot, max_quarantine, columns=read_columns(columns)).manifest
     if m['version'] in before: click.echo(f"nothing new; version {m['version']} stays current"); return
     delivery = m['delivery']
+    for file,told in delivery['tables'].items():
+        if told != 'UTF-8, commas between fields': click.echo(f'{file}: {told}')
+    if delivery['mended']: click.echo(f"{delivery['mended']:,} products were there twice; the listing that came last stays")
     refused = ', '.join(f'{n} {r}' for r,n in delivery['refused'].items())
     done = ', '.join(f'{delivery[k]:,} {k}' for k in ('added', 'changed', 'removed', 'relabelled'))
     click.echo(f"version {m['version']}: {m['rows']:,} listings; {done}"

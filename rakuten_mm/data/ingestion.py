@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DataBusyError', 'read_delivery', 'link_parts', 'write_quarantine', 'merge_delivery', 'build_version', 'already_in',
-           'clean_up', 'ingest_alone', 'ingest']
+           'clean_up', 'ingest_alone', 'read_settings', 'write_settings', 'ingest']
 
 # %% ../../nbs/lib/data/10_ingestion.ipynb #42bc57f8
 import hashlib, json, os, shutil, tempfile
@@ -15,16 +15,17 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 # %% ../../nbs/lib/data/10_ingestion.ipynb #9479d428
-from .dataset import Dataset, publish
-from ..core.files import sha256_file
-from .features import Checker, FeatureCache
+from .dataset import Dataset, publish, single_products
+from ..core.files import sha256_file, write_atomic
+from .features import FEATURES_VERSION, Checker, FeatureCache
 from .near_duplicates import duplicate_groups
-from .parsing import Delivery, IngestionLog, check_refused_share, find_delivery, make_receipt
-from .parsing import read_labels, read_listings_of, with_features
-from .merging import CORRECTIONS, EMPTY, assign_splits, correct, describe_version, fingerprints_of
-from .merging import merge_index, read_corrections, reconcile, write_part
+from .parsing import CORRECTIONS, Delivery, IngestionLog, check_refused_share, find_delivery, make_receipt
+from .parsing import read_corrections, read_labels, read_listings_of, with_features
+from .merging import EMPTY, assign_splits, correct, describe_version, fingerprints_of
+from .merging import merge_index, reconcile, write_part
 from ..sources.sync import complete_delivery
-from .schema import RawDataError, read_names
+from .schema import read_names
+from .tables import RawDataError
 from .taxonomy import category_names
 
 # %% ../../nbs/lib/data/10_ingestion.ipynb #9c304dca
@@ -36,7 +37,8 @@ class DataBusyError(OSError):
 def read_delivery(
     delivery:Delivery,
     before:pd.DataFrame, # Index of the parent version, perhaps empty
-    names:dict[int, str], # Codes in use; empty accepts any
+    names:dict[int, str], # Names of codes
+    in_use:dict[int, str], # Codes in use; empty accepts any
     path:Path, # Part to write
     data_dir:Path, # Has the image store and the cache
     log:IngestionLog,
@@ -45,13 +47,15 @@ def read_delivery(
     "Read, validate and check the listings of a delivery; raises `RawDataError`."
     known = before.set_index('productid').digest
     if not delivery.x: return write_part(iter([]), path, known, log)
-    labels = read_labels(delivery, names, log)
+    labels = read_labels(delivery, names, in_use, log) if delivery.y else None
+    many = delivery.x.stat().st_size > 400_000 if labels is None else len(labels) >= 2_000
     cache = FeatureCache(data_dir/'cache'/'facts.sqlite')
-    with (Checker(cache, data_dir/'images', parallel=len(labels) >= 2_000) as checker,
-          tqdm(total=len(labels), desc='listings', unit='', disable=not progress) as bar):
+    with (Checker(cache, data_dir/'images', parallel=many) as checker,
+          tqdm(total=None if labels is None else len(labels), desc='listings', unit='', disable=not progress) as bar):
         def counted(pieces):
             for df in pieces: yield df; bar.update(len(df))
-        pieces = with_features(read_listings_of(delivery, labels, log), checker, log, delivery.x.name)
+        listings = read_listings_of(delivery, labels, names, in_use, log)
+        pieces = with_features(listings, checker, log, delivery.x.name)
         try: return write_part(counted(pieces), path, known, log)
         except BrokenProcessPool as e:
             raise OSError('a worker process was killed (out of memory?); run again, what was checked is kept') from e
@@ -91,22 +95,22 @@ def write_quarantine(
 def merge_delivery(
     delivery:Delivery,
     parent:Dataset|None,
+    before:pd.DataFrame, # Index of the parent version with one row a product, perhaps empty
     stage:Path, # Empty folder; receives the files of the version
     data_dir:Path,
     log:IngestionLog,
     options:dict, # seed, snapshot, max_quarantine, progress
 )->tuple[pd.DataFrame, pd.DataFrame, list[str], dict[int, str]]: # Index, corrections, parts, names
     "Files of the next version but index and manifest; raises `RawDataError`."
-    before,old = (parent.index,parent.manifest) if parent else (EMPTY,{})
-    given = read_names(delivery.classes.parent) if delivery.classes else {}
-    new = read_delivery(delivery, before, given, stage/'part.tmp', data_dir, log, options['progress'])
+    old,given = parent.manifest if parent else {}, read_names(delivery.classes, delivery.columns)
+    names = {int(c): n for c,n in old.get('names', {}).items()} | given
+    new = read_delivery(delivery, before, given or names, given, stage/'part.tmp', data_dir, log, options['progress'])
     parts = link_parts(parent, stage, len(new))
     index = merge_index(before, new, len(parts)-1, log, options['snapshot'])
-    names = {int(c): n for c,n in old.get('names', {}).items()} | given
-    fixes = read_corrections(delivery, index.productid, set(given) or {*names, *index.code}, log)
+    fixes = read_corrections(delivery, index.productid, set(given) or {*names, *index.code}, given or names, log)
     rejected = data_dir/'rejected'/'quarantine.parquet'
     write_quarantine(log, stage/'quarantine.parquet', rejected, options['max_quarantine'])
-    if not len(index): raise RawDataError(f'{delivery.images_dir.parents[1]}: no listing was accepted')
+    if not len(index): raise RawDataError(f'{delivery.folder}: no listing was accepted')
     if parent: fixes = pd.concat([pd.read_parquet(parent.folder/'corrections.parquet'), fixes])
     fixes = fixes.drop_duplicates().sort_values(list(CORRECTIONS), ignore_index=True).astype(CORRECTIONS)
     index['prdtypecode'] = correct(index, fixes)
@@ -124,13 +128,14 @@ def build_version(
 )->dict|None: # The manifest, or None if the delivery changes nothing
     "The next version in `stage`; raises `RawDataError`."
     log,old = IngestionLog(), parent.manifest if parent else {}
-    index,fixes,parts,names = merge_delivery(delivery, parent, stage, data_dir, log, options)
+    before,twice = single_products(parent.index) if parent else (EMPTY, EMPTY)
+    index,fixes,parts,names = merge_delivery(delivery, parent, before, stage, data_dir, log, options)
     index.to_parquet(stage/'index.parquet', index=False); fixes.to_parquet(stage/'corrections.parquet', index=False)
     if parent and all(sha256_file(stage/f) == old['files'][f] for f in ('index.parquet', 'corrections.parquet')):
         return None
-    content = json.dumps([options['snapshot'], [sha256_file(p) for p in delivery.tables], log.images.hexdigest()])
+    content = json.dumps([FEATURES_VERSION, options['snapshot'], [sha256_file(p) for p in delivery.tables], log.images.hexdigest()])
     id = hashlib.sha256(content.encode()).hexdigest()[:16]
-    counts = reconcile(log, delivery, parent.index if parent else EMPTY, index)
+    counts = reconcile(log, delivery, before, index) | dict(mended=len(twice), tables=log.tables)
     return describe_version(stage, parts, index, names) | dict(seed=old.get('seed', options['seed']),
         generation=old.get('generation', -1)+1, parent=old.get('version', ''), delivery=counts | dict(id=id),
         deliveries=[*old.get('deliveries', []), id])
@@ -142,7 +147,7 @@ def already_in(
     snapshot:bool,
 )->bool:
     "True if merging would change nothing: the delivery is part of the version, or left it as it was."
-    if not seen: return False
+    if not seen or parent.index.productid.duplicated().any(): return False  # the latter is to be mended
     merged = parent.manifest['deliveries'][-1:] if snapshot else parent.manifest['deliveries']
     return seen['id'] in merged or (seen['version'] == parent.manifest['version'] and not seen['id'])
 
@@ -163,7 +168,7 @@ def ingest_alone(
     "Merge a delivery, unless it is part of the dataset; raises `RawDataError`."
     clean_up(data_dir)
     snapshot,parent = options['snapshot'], Dataset.open(data_dir) if (data_dir/'CURRENT').exists() else None
-    cache,receipt = FeatureCache(data_dir/'cache'/'facts.sqlite'), make_receipt(delivery, snapshot=snapshot)
+    cache,receipt = FeatureCache(data_dir/'cache'/'facts.sqlite'), make_receipt(delivery, snapshot=snapshot, features=FEATURES_VERSION)
     if parent and already_in(cache.get([receipt])[0], parent, snapshot): return
     stage = Path(tempfile.mkdtemp(dir=data_dir, prefix='.stage-'))
     try:
@@ -175,26 +180,44 @@ def ingest_alone(
         cache.put([receipt], [seen])
     finally: shutil.rmtree(stage, ignore_errors=True)
 
+# %% ../../nbs/lib/data/10_ingestion.ipynb #b17a0002
+def read_settings(data_dir:Path)->dict:
+    "How the deliveries of a dataset are read; raises `ValueError` if the file is damaged."
+    path = data_dir/'settings.json'
+    if not path.exists(): return {}
+    try: return json.loads(path.read_text(encoding='utf-8'))
+    except ValueError: raise ValueError(f'{path} is damaged; restore it, or remove it and give --columns again') from None
+
+def write_settings(data_dir:Path, **values):
+    "Keep settings for the next delivery."
+    text = json.dumps(read_settings(data_dir) | values, indent=1, ensure_ascii=False)
+    write_atomic(data_dir/'settings.json', text.encode())
+
+
 # %% ../../nbs/lib/data/10_ingestion.ipynb #c3f3cfef
 def ingest(
-    raw_dir:str|Path, # A delivery in the challenge's format
+    raw_dir:str|Path, # A delivery
     data_dir:str|Path, # Receives the dataset
     seed:int = 42, # Of the splits of a new dataset
     snapshot:bool = False, # The delivery is the whole catalogue: remove products that it does not hold
     max_quarantine:float = .05, # Largest share of a file's records that may be refused
     progress:bool = True, # Show a progress bar
     wait_s:float = 600, # Longest wait for a fetch into `raw_dir`
+    columns:dict[str, str]|None = None, # The files' names of our columns, from `read_columns`; kept for later deliveries
 )->Dataset: # The current version afterwards
     "Merge a delivery into the dataset; raises `RawDataError`, `FetchError` if it is incomplete, or `DataBusyError`."
     data_dir = Path(data_dir).resolve()
     options = dict(seed=seed, snapshot=snapshot, max_quarantine=max_quarantine, progress=progress)
     with complete_delivery(raw_dir, wait_s):
-        delivery = find_delivery(raw_dir)
+        known = read_settings(data_dir).get('columns', {})
+        delivery = find_delivery(raw_dir, known | (columns or {}))
         if snapshot and not delivery.x:
             raise RawDataError(f'{raw_dir}: a snapshot needs listings, and there are only corrections')
         data_dir.mkdir(parents=True, exist_ok=True)
         try: lock = FileLock(data_dir/'.lock').acquire(timeout=0)
         except Timeout:
             raise DataBusyError(f'another ingestion is writing to {data_dir}; try again when it is done') from None
-        with lock: ingest_alone(delivery, data_dir, options)
+        with lock:
+            ingest_alone(delivery, data_dir, options)
+            if delivery.columns != known: write_settings(data_dir, columns=dict(delivery.columns))
     return Dataset.open(data_dir)
