@@ -92,6 +92,24 @@ def test_f33_killed_with_workers(tmp_path):
     assert fingerprint(tmp_path/'data') == fingerprint(tmp_path/'whole')
 
 
+SCRIPT = """
+import sys
+from rakuten_mm.data.ingestion import ingest
+from rakuten_mm.synthetic.catalogue import synthesize
+print('a run of the script', flush=True)
+raw = synthesize(sys.argv[1]+'/raw', 2_500, 0, image_size=32, progress=False, workers=2)
+print(len(ingest(raw, sys.argv[1]+'/data', progress=False).index))
+"""
+
+
+def test_a_plain_script_may_ingest_with_workers(tmp_path):
+    "Without `if __name__ == '__main__'`: no worker runs the script again."
+    (tmp_path/'script.py').write_text(SCRIPT)
+    r = subprocess.run([sys.executable, tmp_path/'script.py', tmp_path], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    assert r.stdout.splitlines() == ['a run of the script', '2500'] and 'Traceback' not in r.stderr
+
+
 def test_f33_kept_features_are_used(raw, tmp_path, monkeypatch):
     "What was derived before a kill is not derived again."
     ingest(raw, tmp_path/'data', progress=False)

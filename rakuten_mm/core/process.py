@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['ProcessIdentity', 'started', 'identity_of', 'from_tags', 'ended', 'is_gone', 'wait_ended', 'end_tree', 'quota_of',
-           'cpu_quota', 'n_threads', 'leave_with_parent']
+           'cpu_quota', 'n_threads', 'leave_with_parent', 'WorkerProcess', 'WorkerContext', 'worker_pool']
 
 # %% ../../nbs/lib/core/03_process.ipynb #8cea8134
 import math
 import os
 import signal
 import socket
+import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import parent_process
+from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Thread
+from types import ModuleType
 import psutil
 
 # %% ../../nbs/lib/core/03_process.ipynb #d5ae3f6c
@@ -135,6 +138,30 @@ def n_threads(
 
 # %% ../../nbs/lib/core/03_process.ipynb #19549cc1
 def leave_with_parent():
-    "End this worker when its parent is gone, however it went; for the `initializer` of a process pool."
+    "End this process when its parent is gone, however it went."
     def watch(sentinel:int): wait([sentinel]); os._exit(1)
     if parent := parent_process(): Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
+
+# %% ../../nbs/lib/core/03_process.ipynb #50d26304
+_METHOD = 'forkserver' if 'forkserver' in get_all_start_methods() else 'spawn'
+
+class WorkerProcess(get_context(_METHOD).Process):  # type: ignore[misc]
+    "A process that does not run the main module of its parent."
+    def start(self):
+        "Start it, while an empty module stands where Python looks for the main one."
+        main,sys.modules['__main__'] = sys.modules['__main__'], ModuleType('__main__')
+        try: super().start()
+        finally: sys.modules['__main__'] = main
+
+class WorkerContext(type(get_context(_METHOD))):  # type: ignore[misc]
+    "The way in which processes of `worker_pool` start."
+    Process = WorkerProcess
+
+def worker_pool(
+    workers:int, # Processes
+    module:str, # That has the functions to call; imported once, before workers are forked
+)->ProcessPoolExecutor:
+    "A pool for functions of `module`, which leaves the caller's main module alone and ends with the caller."
+    context = WorkerContext()
+    if _METHOD == 'forkserver': context.set_forkserver_preload([module])
+    return ProcessPoolExecutor(workers, context, leave_with_parent)

@@ -8,11 +8,10 @@ __all__ = ['FEATURES_VERSION', 'check_texts', 'store', 'check_image', 'check_ima
 
 # %% ../../nbs/lib/data/06_features.ipynb #7d2cd4fb
 import hashlib, json, sqlite3, uuid
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import Future
 from pathlib import Path
 import numpy as np
-from ..core.process import leave_with_parent, n_threads
+from ..core.process import n_threads, worker_pool
 from .near_duplicates import image_hashes, signature, text_code, normalised_words
 from .image import THUMBNAIL, InvalidImage, content_box, load_pixels, open_image, read_image, thumbnail
 from .text import text_features
@@ -73,11 +72,11 @@ def check_images(
             for f,box,h in zip(features, boxes.tolist(), hashes, strict=True)]
 
 # %% ../../nbs/lib/data/06_features.ipynb #9c8dd6f0
-FEATURES_VERSION = 1
+FEATURES_VERSION = dict(text=2, picture=1) # Of what is kept about each
 
 def text_digest(*parts:str)->bytes:
     "A key for a text."
-    h = hashlib.blake2b(f'text {FEATURES_VERSION}'.encode(), digest_size=16)
+    h = hashlib.blake2b(f"text {FEATURES_VERSION['text']}".encode(), digest_size=16)
     for p in parts: h.update(b'\0'+p.encode('utf-8', 'surrogatepass'))
     return h.digest()
 
@@ -85,7 +84,7 @@ def image_digest(path:str)->bytes:
     "A key for an image file; empty if it is not there."
     try: s = Path(path).stat()
     except OSError: return b''
-    key = f'picture {FEATURES_VERSION}\0{path}\0{s.st_size}\0{s.st_mtime_ns}'
+    key = f'picture {FEATURES_VERSION["picture"]}\0{path}\0{s.st_size}\0{s.st_mtime_ns}'
     return hashlib.blake2b(key.encode('utf-8', 'surrogateescape'), digest_size=16).digest()
 
 # %% ../../nbs/lib/data/06_features.ipynb #ac50c291
@@ -124,10 +123,7 @@ class Checker:
         parallel:bool = True, # Use worker processes
     ):
         self.cache,self.images_dir = cache,images_dir
-        self.pool = None
-        if not parallel: return
-        ctx = get_context('forkserver'); ctx.set_forkserver_preload(['rakuten_mm.data.features'])
-        self.pool = ProcessPoolExecutor(n_threads(), mp_context=ctx, initializer=leave_with_parent)
+        self.pool = worker_pool(n_threads(), 'rakuten_mm.data.features') if parallel else None
 
     def __enter__(self): return self
     def __exit__(self, *exc):

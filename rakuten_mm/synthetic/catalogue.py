@@ -7,18 +7,16 @@ __all__ = ['CODES', 'BLOCK', 'SLOTS', 'IMAGE_COPIES', 'TABLES', 'class_weights',
            'make_row', 'write_tables', 'draw', 'synthesize', 'demo']
 
 # %% ../../nbs/lib/synthetic/03_catalogue.ipynb #3ab6fff4
-import csv, multiprocessing, random, tempfile
+import csv, random, tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 import numpy as np
 from tqdm import tqdm
-from ..core.process import leave_with_parent, n_threads
+from ..core.process import n_threads, worker_pool
 from .images import draw_batch
 from ..data.dataset import Dataset
 from ..data.ingestion import ingest
@@ -183,17 +181,12 @@ def draw(
     "Draw the images of `jobs`."
     batches = iter(lambda: list(islice(jobs, 100)), [])
     if workers <= 1: yield from map(draw_batch, batches); return
-    method = 'forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn'
-    try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context(method), leave_with_parent) as pool:
-            waiting = deque()
-            for batch in batches:
-                waiting.append(pool.submit(draw_batch, batch))
-                if len(waiting) > 4*workers: yield waiting.popleft().result()
-            for batch in waiting: yield batch.result()
-    except BrokenProcessPool as e:
-        e.add_note('A script that draws in other processes must do so below `if __name__ == "__main__":`.')
-        raise
+    with worker_pool(workers, 'rakuten_mm.synthetic.images') as pool:
+        waiting = deque()
+        for batch in batches:
+            waiting.append(pool.submit(draw_batch, batch))
+            if len(waiting) > 4*workers: yield waiting.popleft().result()
+        for batch in waiting: yield batch.result()
 
 # %% ../../nbs/lib/synthetic/03_catalogue.ipynb #4a640864
 def synthesize(
