@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ELSEWHERE', 'missing', 'CommandGroup', 'cli', 'main', 'synthesize_command', 'fetch_command', 'number_of_bytes',
            'fetch_images_command', 'ingest_command', 'data_group', 'list_versions_command', 'diff_command',
-           'quarantine_command', 'verify_command', 'tune_command', 'train_command', 'predict_command']
+           'quarantine_command', 'verify_command', 'repair_command', 'tune_command', 'train_command', 'predict_command']
 
 # %% ../../nbs/lib/cli/01_main.ipynb #8684ecb6
 import os, re, shutil
@@ -222,15 +222,32 @@ def quarantine_command(data_dir, version, out):
 @click.argument('data_dir', type=existing)
 @click.argument('version', required=False)
 def verify_command(data_dir, version):
-    "Compare the files of VERSION (all versions if left out) with their names; exit code 1 if one is not what it was."
-    from rakuten_mm.data.dataset import Dataset, damaged_images, versions
-    damaged = set()
-    for v in [version] if version else versions(data_dir):
-        try: damaged |= {*damaged_images(Dataset.open(data_dir, v))}
-        except (ValueError, OSError) as e: damaged.add(str(e))
-    for problem in sorted(damaged): click.echo(problem)
-    if damaged: raise ValueError(f'{len(damaged)} problems in {data_dir}; restore a backup of these files')
+    "Look for damage in VERSION, or in all versions, their rows, pictures and files; exit code 1 if there is any."
+    from rakuten_mm.data.repair import find_damage
+    found = find_damage(data_dir, version)
+    for d in found: click.echo(d.what)
+    if found:
+        raise ValueError(f'{len(found)} problems in {data_dir}; `rakuten-mm data repair {data_dir} --dry-run` says '
+                         'what can be mended; restore a backup of the rest')
     click.echo('all files are what they were')
+
+@data_group.command('repair')
+@click.argument('data_dir', type=existing)
+@click.option('--raw', type=existing, help='A delivery, in which lost pictures are looked for by their content.')
+@click.option('--dry-run', is_flag=True, help='Only say what would be done.')
+def repair_command(data_dir, raw, dry_run):
+    "Mend the dataset in DATA_DIR by a new version, and say what was wrong; exit code 1 if something cannot be mended."
+    from rakuten_mm.data.dataset import Dataset
+    from rakuten_mm.data.repair import repair
+    found = repair(data_dir, raw, dry_run)
+    for d in found: click.echo(f"{d.what}: {d.cure or 'this cannot be mended'}")
+    left = sum(not d.cure for d in found)
+    if left: raise ValueError(f'{left} of {len(found)} problems in {data_dir} cannot be mended')
+    if not found: click.echo('nothing to mend')
+    elif dry_run: click.echo('nothing was changed (--dry-run)')
+    else:
+        m = Dataset.open(data_dir).manifest
+        click.echo(f"mended; version {m['version']} with {m['rows']:,} listings is current")
 
 # %% ../../nbs/lib/cli/01_main.ipynb #4d181d31
 @cli.command()

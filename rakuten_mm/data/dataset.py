@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PART', 'SPLITS', 'FINGERPRINTS', 'LISTING_COLUMNS', 'read_parts', 'single_products', 'version_name', 'versions',
-           'check_version', 'read_manifest', 'Dataset', 'publish', 'damaged_images']
+           'check_version', 'read_manifest', 'Dataset', 'publish', 'image_damage', 'damaged_images']
 
 # %% ../../nbs/lib/data/07_dataset.ipynb #fc8fbf61
 import hashlib, json, os, shutil, warnings
@@ -76,10 +76,10 @@ def check_version(
                          'delete it and ingest again, or choose another folder')
     if version_name(manifest) != folder.name or manifest.get('version') != folder.name:
         raise ValueError(f'{folder}/manifest.json was changed: a version is named by the hash of its manifest; '
-                         'restore it, or ingest into a new folder')
+                         'restore it, or go back with `rakuten-mm data repair`')
     for name,sha in manifest['files'].items():
         if not (folder/name).is_file() or sha256_file(folder/name) != sha:
-            raise ValueError(f'{folder/name} does not match its manifest; restore it, or ingest into a new folder')
+            raise ValueError(f'{folder/name} does not match its manifest; restore it, or try `rakuten-mm data repair`')
     return manifest
 
 def read_manifest(
@@ -91,7 +91,9 @@ def read_manifest(
         raise FileNotFoundError(f'{data_dir} holds no dataset; run the ingestion first')
     folder = data_dir/'versions'/(version or (data_dir/'CURRENT').read_text().strip())
     if not (folder/'manifest.json').exists():
-        raise FileNotFoundError(f"{data_dir} has no version {folder.name}; it has {', '.join(versions(data_dir))}")
+        cure = '' if version else f'. `rakuten-mm data repair {data_dir}` puts CURRENT right'
+        there = ', '.join(versions(data_dir)) or 'none'
+        raise FileNotFoundError(f'{data_dir} has no version {folder.name}; it has {there}{cure}')
     return check_version(folder), folder
 
 # %% ../../nbs/lib/data/07_dataset.ipynb #ae40c4b6
@@ -111,14 +113,15 @@ class Dataset:
 
     @cached_property
     def index(self)->pd.DataFrame:
-        "One row a product: productid, imageid, part, row, digest, prdtypecode, group, and the three splits."
-        return pd.read_parquet(self.folder/'index.parquet')
+        "One row a product: productid, imageid, part, row, digest, prdtypecode, group, placeholder, three splits."
+        df = pd.read_parquet(self.folder/'index.parquet')
+        return df if 'placeholder' in df else df.assign(placeholder=False) # of a version from before there were any
 
     @cached_property
     def products(self)->pd.DataFrame:
-        "One row a product: what was delivered, its features, prdtypecode, group, the three splits, and `split`."
+        "One row a product: what was delivered, features, prdtypecode, group, placeholder, three splits, `split`."
         df = read_parts(self.parts, self.index, LISTING_COLUMNS).to_pandas()
-        df = df.join(self.index[['prdtypecode', 'group', *SPLITS]])
+        df = df.join(self.index[['prdtypecode', 'group', 'placeholder', *SPLITS]])
         return df.assign(split=df[self.split])
 
     @property
@@ -150,13 +153,21 @@ def publish(
     return dest
 
 # %% ../../nbs/lib/data/07_dataset.ipynb #bc93a578
+def image_damage(
+    images_dir:Path, # The store
+    names:set[str], # Of pictures in it
+)->dict[str, str]: # A sentence by name
+    "Pictures that are not there, or not what their names say."
+    out = {}
+    for name in sorted(names):
+        try: same = sha256_file(images_dir/name) == Path(name).stem
+        except OSError as e: out[name] = f'{images_dir/name} cannot be read: {e.strerror}'; continue
+        if not same: out[name] = f'{images_dir/name} is not the picture that it was'
+    return out
+
 def damaged_images(
     data:Dataset
 )->list[str]: # A sentence about each
     "Compare the pictures of a version with their names."
-    out = []
-    for name in sorted({*data.products.image} - {''}):
-        try: same = sha256_file(data.images_dir/name) == Path(name).stem
-        except OSError as e: out.append(f'{data.images_dir/name} cannot be read: {e.strerror}'); continue
-        if not same: out.append(f'{data.images_dir/name} is not the picture that it was')
-    return out
+    return list(image_damage(data.images_dir, {*data.products.image} - {''}).values())
+
