@@ -186,7 +186,7 @@ def spoil(copy):
     lines[6] = '5,"never closed,'+x.productid[5]+','+x.imageid[5]
     lines[7] = lines[7]+',one more'
     lines[8] = '7,"caf\udce9",,'+x.productid[7]+','+x.imageid[7]       # cp1252
-    lines[9] = lines[9].replace(x.productid[8], x.productid[8]+'.0')
+    lines[9] = lines[9].replace(x.productid[8], x.productid[8]+'.5')
     lines[10] = lines[10].replace('"9"', '"8x"', 1)
     lines[11] = '"9","a second row nine","",'+x.productid[10]+','+x.imageid[10]
     lines[12] = '"11","","",'+x.productid[11]+','+x.imageid[11]
@@ -208,7 +208,7 @@ def copy_of_raw(x, copy):
 
 def test_f38_every_mistake_has_its_reason(copy, tmp_path):
     want = spoil(copy)
-    wrong = lambda y: y.assign(prdtypecode=y.prdtypecode.where(y.index != 20, '10.0'))
+    wrong = lambda y: y.assign(prdtypecode=y.prdtypecode.where(y.index != 20, '1e1'))
     rewrite(copy/'Y_train_CVw08PX.csv', lambda y: pd.concat([wrong(y), y.iloc[[30]]]))
     data = ingest(copy, tmp_path/'data', progress=False, max_quarantine=.2)
     q = data.quarantine
@@ -225,7 +225,7 @@ def test_f38_every_mistake_has_its_reason(copy, tmp_path):
 
 
 def test_f38_too_much_is_a_failure_with_a_report(copy, tmp_path):
-    rewrite(copy/'X_train_update.csv', lambda x: x.assign(productid=x.productid.where(x.index >= 30, x.productid+'.0')))
+    rewrite(copy/'X_train_update.csv', lambda x: x.assign(productid=x.productid.where(x.index >= 30, x.productid+'.5')))
     with pytest.raises(RawDataError, match=r'10\.0% of X_train_update\.csv was refused, more than the 5\.0%') as e:
         ingest(copy, tmp_path/'data', progress=False)
     assert '- bad_productid 30 times in X_train_update.csv, first in line 2' in str(e.value)
@@ -235,13 +235,17 @@ def test_f38_too_much_is_a_failure_with_a_report(copy, tmp_path):
 
 
 def test_f38_a_whole_file_in_cp1252(copy, tmp_path):
+    "It is read as what it is, and the manifest says so."
     path = copy/'X_train_update.csv'
-    path.write_bytes(path.read_text(encoding='utf-8').encode('cp1252', 'replace'))
-    with pytest.raises(RawDataError, match=r'not_utf8 .* times .*iconv'): ingest(copy, tmp_path/'data', progress=False)
+    text = path.read_text(encoding='utf-8').encode('cp1252', 'ignore')
+    path.write_bytes(text)
+    data = ingest(copy, tmp_path/'data', progress=False)
+    assert data.manifest['delivery']['tables'][path.name] == 'Windows-1252, commas between fields'
+    assert data.products.designation.tolist() == pd.read_csv(path, encoding='cp1252', keep_default_na=False).designation.tolist()
 
 
 @pytest.mark.parametrize(('content', 'why'), [
-    (b'', 'empty'), ('\ufeffid;designation\n'.encode(), 'no column designation'),
+    (b'', 'empty'), ('\ufeffid;designation\n'.encode(), 'no column imageid'),
     ('id,x\n'.encode('utf-16'), 'no column designation')])
 def test_f38_no_table_at_all(copy, tmp_path, content, why):
     (copy/'X_train_update.csv').write_bytes(content)
@@ -418,7 +422,7 @@ def test_versions_and_quarantine_from_the_command_line(raw, copy, tmp_path):
     run = lambda *a: CliRunner().invoke(cli, [str(x) for x in a])
     assert '299 added' in run('ingest', copy, tmp_path/'data').output
     out = run('data', 'quarantine', tmp_path/'data', '--csv', tmp_path/'q.csv').output
-    assert '1 image_missing: there is no image' in out
+    assert '1 image_missing: the image is not there' in out
     assert pd.read_csv(tmp_path/'q.csv').reason.tolist() == ['image_missing']
     assert '1 added' in run('ingest', raw, tmp_path/'data').output
     listed = run('data', 'list', tmp_path/'data').output.splitlines()

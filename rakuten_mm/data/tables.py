@@ -196,7 +196,7 @@ class Table:
         for n,fields,why in self.all_records():
             if n <= self.line: continue
             if not why and len(fields) > width and not any(map(str.strip, fields[width:])): fields = fields[:width]
-            if not why and fields == header: continue
+            if not why and fields[0].strip() == header[0] and [f.strip() for f in fields] == header: continue
             yield n, fields, why or ('' if len(fields) == width else 'ragged')
 
     @cached_property
