@@ -69,7 +69,7 @@ ENCODED = WithJsonSchema({'anyOf': [BASE64, {'type': 'null'}]})
 Base64Image = Annotated[bytes|None, BeforeValidator(decode_base64), ENCODED]
 TITLE = WithJsonSchema({'anyOf': [{'type': 'string', 'maxLength': MAX_TEXT}, {'type': 'null'}]})
 Readable = BeforeValidator(without_unreadable)
-Code = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Code = Annotated[int, Field(ge=0, lt=2**53, strict=True)] # Up to what JavaScript's numbers keep exactly, as ingestion
 ROBOT = {'designation': 'Robot de piscine électrique sans fil'}
 
 

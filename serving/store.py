@@ -22,6 +22,7 @@ from alembic.util import CommandError
 from filelock import FileLock
 from sqlalchemy import (
     JSON,
+    BigInteger,
     ColumnElement,
     Connection,
     DateTime,
@@ -98,7 +99,7 @@ class Prediction(Base):
     created_at:Mapped[datetime] = mapped_column(default=now)
     user:Mapped[str] = mapped_column(String(64))
     model_version:Mapped[str] = mapped_column(String(128))
-    prdtypecode:Mapped[int] = mapped_column(Integer)
+    prdtypecode:Mapped[int] = mapped_column(BigInteger)
     probability:Mapped[float] = mapped_column(Float)
     lane:Mapped[str] = mapped_column(String(16))
     usefulness:Mapped[float] = mapped_column(Float)
@@ -123,7 +124,7 @@ class Feedback(Base):
     __tablename__ = 'feedback'
     id:Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
     prediction_id:Mapped[str] = mapped_column(ForeignKey('predictions.id'), index=True)
-    prdtypecode:Mapped[int] = mapped_column(Integer)
+    prdtypecode:Mapped[int] = mapped_column(BigInteger)
     reviewer:Mapped[str] = mapped_column(String(64))
     created_at:Mapped[datetime] = mapped_column(default=now)
 

@@ -288,6 +288,42 @@ def test_f72_one_bad_record_costs_itself_only(store):
     assert store.dropped == 1 and all(store.get(r['id']) for r in good) and store.get(bad['id']) is None
 
 
+def test_f80_codes_above_32_bits(store):
+    "Answers and corrections with the codes that ingestion accepts, beside others in one batch."
+    codes = [10, 2**31-1, 2**31, 2**53-1]
+    rows = [answer(prdtypecode=c, candidates=codes) for c in codes]
+    for row in rows: store.add(row)
+    assert [store.get(r['id']).prdtypecode for r in rows] == codes and store.dropped == 0
+    assert store.get(rows[0]['id']).candidates == codes
+    for row in rows: store.correct(row['id'], 2**53-1, 'anna')
+    assert {verdict(store.corrections([r['id']])[r['id']]) for r in rows} == {2**53-1}
+    assert {(c.answered, c.prdtypecode) for c in store.verdicts()} == {(c, 2**53-1) for c in codes}
+
+
+def test_f80_a_database_of_32_bits_is_brought_up_to_date(url):
+    "With its rows; corrections can be added only, and still are."
+    with Store(url, Path()) as store:
+        row = answer(); store.add(row); store.correct(row['id'], 10, 'anna')
+    engine = create_engine(url)
+    if engine.dialect.name == 'postgresql':
+        with engine.begin() as c:
+            for table in ('predictions', 'feedback'):
+                c.execute(text(f'ALTER TABLE {table} ALTER COLUMN prdtypecode TYPE INTEGER'))
+            c.execute(text("UPDATE alembic_version SET version_num = '0002'"))
+    engine.dispose()
+    with Store(url, Path()) as store:
+        store.correct(row['id'], 2**40, 'anna')
+        assert [f.prdtypecode for f in store.corrections([row['id']])[row['id']]] == [10, 2**40]
+        with pytest.raises(DBAPIError), store.engine.begin() as c: c.execute(text('DELETE FROM feedback'))
+
+
+def test_f80_a_zero_byte_costs_its_own_record_only(store):
+    "Case B05: the neighbours in one batch are found."
+    rows = [answer(), answer(designation='a\0b', text_sha256='\0'), answer()]
+    for row in rows: store.add(row)
+    assert store.get(rows[0]['id']) and store.get(rows[2]['id'])
+
+
 def test_f73_erasure(store):
     "Old answers, or all of one listing, go with texts and images; corrections stay without the listing."
     old = datetime.now(UTC)-timedelta(days=100)
