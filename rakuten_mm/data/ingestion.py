@@ -22,7 +22,7 @@ from .near_duplicates import duplicate_groups
 from .parsing import CORRECTIONS, Delivery, IngestionLog, check_refused_share, find_delivery, make_receipt
 from .parsing import read_corrections, read_labels, read_listings_of, with_features
 from .merging import EMPTY, assign_splits, correct, describe_version, fingerprints_of
-from .merging import merge_index, reconcile, write_part
+from .merging import mark_placeholders, merge_index, reconcile, write_part
 from ..sources.sync import complete_delivery
 from .schema import read_names
 from .tables import RawDataError
@@ -104,7 +104,8 @@ def merge_delivery(
     "Files of the next version but index and manifest; raises `RawDataError`."
     old,given = parent.manifest if parent else {}, read_names(delivery.classes, delivery.columns)
     names = {int(c): n for c,n in old.get('names', {}).items()} | given
-    new = read_delivery(delivery, before, given or names, given, stage/'part.tmp', data_dir, log, options['progress'])
+    part = stage/'part.tmp'
+    new = read_delivery(delivery, before, given or names, given, part, data_dir, log, options['progress'])
     parts = link_parts(parent, stage, len(new))
     index = merge_index(before, new, len(parts)-1, log, options['snapshot'])
     fixes = read_corrections(delivery, index.productid, set(given) or {*names, *index.code}, given or names, log)
@@ -114,7 +115,9 @@ def merge_delivery(
     if parent: fixes = pd.concat([pd.read_parquet(parent.folder/'corrections.parquet'), fixes])
     fixes = fixes.drop_duplicates().sort_values(list(CORRECTIONS), ignore_index=True).astype(CORRECTIONS)
     index['prdtypecode'] = correct(index, fixes)
-    component = duplicate_groups(*fingerprints_of([stage/p for p in parts], index))
+    paths = [stage/p for p in parts]
+    index = mark_placeholders(paths, index)
+    component = duplicate_groups(*fingerprints_of(paths, index))
     index = assign_splits(index, component, old.get('seed', options['seed']))
     return index, fixes, parts, category_names(sorted(index.prdtypecode.unique()), names)
 
@@ -147,7 +150,7 @@ def already_in(
     snapshot:bool,
 )->bool:
     "True if merging would change nothing: the delivery is part of the version, or left it as it was."
-    if not seen or parent.index.productid.duplicated().any(): return False  # the latter is to be mended
+    if not seen or parent.index.productid.duplicated().any(): return False  # the latter is mended by a merge
     merged = parent.manifest['deliveries'][-1:] if snapshot else parent.manifest['deliveries']
     return seen['id'] in merged or (seen['version'] == parent.manifest['version'] and not seen['id'])
 
@@ -186,7 +189,8 @@ def read_settings(data_dir:Path)->dict:
     path = data_dir/'settings.json'
     if not path.exists(): return {}
     try: return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError: raise ValueError(f'{path} is damaged; restore it, or remove it and give --columns again') from None
+    except ValueError:
+        raise ValueError(f'{path} is damaged; restore it, or remove it and give --columns again') from None
 
 def write_settings(data_dir:Path, **values):
     "Keep settings for the next delivery."
@@ -203,7 +207,7 @@ def ingest(
     max_quarantine:float = .05, # Largest share of a file's records that may be refused
     progress:bool = True, # Show a progress bar
     wait_s:float = 600, # Longest wait for a fetch into `raw_dir`
-    columns:dict[str, str]|None = None, # The files' names of our columns, from `read_columns`; kept for later deliveries
+    columns:dict[str, str]|None = None, # The files' names of our columns, from `read_columns`; kept for later
 )->Dataset: # The current version afterwards
     "Merge a delivery into the dataset; raises `RawDataError`, `FetchError` if it is incomplete, or `DataBusyError`."
     data_dir = Path(data_dir).resolve()

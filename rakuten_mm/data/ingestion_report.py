@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['arrivals', 'refusals', 'class_mix', 'missing_descriptions_figure', 'language_shares', 'largest_groups',
-           'sample_figure']
+           'picture_grid', 'sample_figure', 'placeholder_pictures', 'placeholder_figure']
 
 # %% ../../nbs/lib/data/14_ingestion_report.ipynb #7a76c294
 import numpy as np, pandas as pd
@@ -75,19 +75,50 @@ def largest_groups(
                                                 example=('title', 'first'))
     return groups.sort_values('listings', ascending=False, kind='stable').head(top)
 
+# %% ../../nbs/lib/data/14_ingestion_report.ipynb #bd1459e6
+def picture_grid(
+    data:Dataset,
+    rows:pd.DataFrame, # Column image
+    titles:list[str], # One a picture
+):
+    "Show pictures of a dataset under titles, as a matplotlib figure."
+    import matplotlib.pyplot as plt
+    lines = max(1, -(-len(rows)//6))
+    fig,axes = plt.subplots(lines, 6, figsize=(12, 2.4*lines), squeeze=False)
+    plt.close(fig)
+    for ax in axes.flat: ax.set_axis_off()
+    for ax,name,title in zip(axes.flat, rows.image, titles, strict=False):
+        try: ax.imshow(load_square(data.images_dir/name, 128))
+        except (InvalidImage, OSError): ax.imshow(np.full((1, 1, 3), 255))
+        ax.set_title(as_label(title), fontsize=7)
+    return fig
+
+# %% ../../nbs/lib/data/14_ingestion_report.ipynb #f45f14bc
 def sample_figure(
     data:Dataset,
     seed:int = 42,
     n:int = 12, # Listings
 ):
     "Show some listings with their pictures, as a matplotlib figure."
-    import matplotlib.pyplot as plt
     df,label = data.products, data.manifest['names']
-    fig,axes = plt.subplots(-(-n//6), 6, figsize=(12, 2.4*-(-n//6)), squeeze=False)
-    plt.close(fig)
-    for ax in axes.flat: ax.set_axis_off()
-    for ax,r in zip(axes.flat, df.sample(min(n, len(df)), random_state=seed).itertuples(), strict=False):
-        try: ax.imshow(load_square(data.images_dir/r.image, 128))
-        except (InvalidImage, OSError): ax.imshow(np.full((1, 1, 3), 255))
-        ax.set_title(as_label(f"{label.get(str(r.prdtypecode), '')[:24]}\n{r.title[:24]}"), fontsize=7)
-    return fig
+    df = df.sample(min(n, len(df)), random_state=seed)
+    titles = [f"{label.get(str(r.prdtypecode), '')[:24]}\n{r.title[:24]}" for r in df.itertuples()]
+    return picture_grid(data, df, titles)
+
+# %% ../../nbs/lib/data/14_ingestion_report.ipynb #c77948b6
+def placeholder_pictures(
+    data:Dataset
+)->pd.DataFrame: # A row a file, most listings first: image, listings, categories, example
+    "Count the listings of each placeholder."
+    df = data.products[data.products.placeholder]
+    files = df.groupby('image').agg(listings=('id', 'size'), categories=('prdtypecode', 'nunique'),
+                                    example=('title', 'first'))
+    return files.sort_values('listings', ascending=False, kind='stable').reset_index()
+
+def placeholder_figure(
+    data:Dataset,
+    n:int = 6, # Pictures
+): # A matplotlib figure, or None where there are none
+    "Show the most frequent placeholders."
+    top = placeholder_pictures(data).head(n)
+    return picture_grid(data, top, [f'{k:,} listings' for k in top.listings]) if len(top) else None

@@ -59,10 +59,14 @@ def settle_groups(
     joins = out.component.map(splits['min']).fillna(0).astype(int)        # 0 for groups of new listings only
     alone = ~firm & (bridge | (old & (joins != number)))
     smallest = out.groupby('component').productid.transform('min')
-    group = out.component.map(out[firm].groupby('component').group.min()).fillna(smallest).astype('int64')
+    joined = out[firm].groupby('component').group.min().reindex(out.component, fill_value=0).set_axis(out.index)
+    group = joined.where(out.component.isin(out.component[firm]), smallest)  # no floats: they round beyond 2^53
     free = ~firm & ~alone
     out.loc[free, 'grouped'],out.loc[free, 'group'] = joins[free].map(DECISIONS.__getitem__), group[free]
     out.loc[alone, 'grouped'],out.loc[alone, 'group'] = 'excluded', out.productid[alone]
+    named = out[firm].groupby('group').grouped.first()                    # a product may return to a group of its name
+    back = (out.grouped == '') & out.group.isin(named.index)
+    out.loc[back, 'grouped'] = out.group[back].map(named)
     return out[['group', 'grouped']]
 
 # %% ../../nbs/lib/data/05_splits.ipynb #5c1d0e70

@@ -96,6 +96,7 @@ def undo_mojibake(
     for fix in _FIXES: s = fix(s)
     return _HIDDEN.sub('', s)
 
+# %% ../../nbs/lib/data/02_text.ipynb #89337253
 def clean_once(
     s:str
 )->str:
