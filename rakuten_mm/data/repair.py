@@ -8,7 +8,7 @@ __all__ = ['OUT', 'SEEN', 'Damage', 'check_versions', 'find_twins', 'read_curren
            'remains', 'find_litter', 'Examined', 'examine', 'images_of', 'find_damage', 'set_aside', 'mend_files',
            'clear_litter', 'mended_index', 'mended_version', 'mend_rows', 'repair']
 
-# %% ../../nbs/lib/data/17_repair.ipynb #2ead6ef5
+# %% ../../nbs/lib/data/17_repair.ipynb #60b4c01d
 import hashlib, json, shutil, sqlite3, tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -21,18 +21,18 @@ from .dataset import Dataset, check_version, image_damage, publish, read_parts, 
 from .image import MAX_BYTES
 from .image_files import walk
 from .ingestion import DataBusyError, link_parts
-from .merging import INDEX, assign_splits, correct, describe_version, fingerprints_of
+from .merging import INDEX, assign_splits, correct, describe_version, fingerprints_of, mark_placeholders
 from .near_duplicates import duplicate_groups
 from .parsing import IngestionLog
 
-# %% ../../nbs/lib/data/17_repair.ipynb #32d19401
+# %% ../../nbs/lib/data/17_repair.ipynb #e2c5a963
 @dataclass(frozen=True)
 class Damage:
     "Something that is wrong with a dataset."
     what:str # Where, and what was found
     cure:str = '' # What `repair` does about it; empty where it can do nothing
 
-# %% ../../nbs/lib/data/17_repair.ipynb #4547f35a
+# %% ../../nbs/lib/data/17_repair.ipynb #7bb5dc87
 def check_versions(
     data_dir:Path
 )->tuple[dict[str, dict], dict[str, str]]: # Manifests of the whole ones, oldest first; why the others are not; by name
@@ -55,7 +55,7 @@ def find_twins(
            for name,sha in files.items() if not is_there(folder/name, sha)}
     return {n: p for n,p in out.items() if p} if all(out.values()) else {}
 
-# %% ../../nbs/lib/data/17_repair.ipynb #fa0f6dad
+# %% ../../nbs/lib/data/17_repair.ipynb #1c844463
 def read_current(data_dir:Path)->str:
     "What the pointer to the current version says; empty if there is none that can be read."
     try: return (data_dir/'CURRENT').read_text(encoding='utf-8').strip()
@@ -81,7 +81,7 @@ def find_version_damage(
         out.append(Damage(f'{data_dir}/CURRENT {says}', f'version {base}, the newest that is whole, becomes current'))
     return base, whole, out
 
-# %% ../../nbs/lib/data/17_repair.ipynb #59feb677
+# %% ../../nbs/lib/data/17_repair.ipynb #7a09f132
 @dataclass
 class Rows:
     "The index of a version on its way to being sound."
@@ -101,7 +101,7 @@ class Rows:
                          for p in gone.productid]
         self.index = self.index[~bad].reset_index(drop=True)
 
-# %% ../../nbs/lib/data/17_repair.ipynb #717a5e75
+# %% ../../nbs/lib/data/17_repair.ipynb #a9fed7ce
 OUT = 'they are left out of the new version'
 
 def check_places(rows:Rows, data:Dataset):
@@ -119,7 +119,7 @@ def check_places(rows:Rows, data:Dataset):
     rows.drop(pd.Series(rows.index.index.isin(extra.index), rows.index.index), 'twice', 'repeated_product',
               'products that stand there twice', 'the listing that was delivered last stays')
 
-# %% ../../nbs/lib/data/17_repair.ipynb #8b1b582b
+# %% ../../nbs/lib/data/17_repair.ipynb #5cb4d82a
 def check_labels(rows:Rows, data:Dataset)->pd.DataFrame: # The corrections that can stay
     "Put labels back to what was delivered or corrected, and take out rows whose category the version does not know."
     names = {int(c) for c in data.manifest['names']}
@@ -140,7 +140,7 @@ def check_labels(rows:Rows, data:Dataset)->pd.DataFrame: # The corrections that 
     rows.drop(nowhere, 'unknown', 'unknown_code', 'products whose category the version does not know', OUT)
     return fixes[known]
 
-# %% ../../nbs/lib/data/17_repair.ipynb #b8b9a58e
+# %% ../../nbs/lib/data/17_repair.ipynb #6feb493a
 SEEN = ['train', 'val', 'test'] # Sides, by how much a model knows of their listings
 
 def crossing(
@@ -167,7 +167,7 @@ def exclude(rows:Rows, bad:pd.Series):
     rows.index = rows.index.assign(grouped=rows.index.grouped.mask(bad, 'excluded'),
                                    group=rows.index.group.mask(bad, rows.index.productid))
 
-# %% ../../nbs/lib/data/17_repair.ipynb #5ae497fa
+# %% ../../nbs/lib/data/17_repair.ipynb #00d500fb
 def find_pictures(
     raw_dirs:Iterable[Path],
     wanted:set[str], # sha256
@@ -198,7 +198,7 @@ def check_pictures(
     rows.drop(gone, 'pictures', 'image_missing', 'products whose picture is lost or damaged', OUT+where)
     return {data.images_dir/n: found.get(Path(n).stem) for n in bad}
 
-# %% ../../nbs/lib/data/17_repair.ipynb #9b1349f8
+# %% ../../nbs/lib/data/17_repair.ipynb #82afa3be
 def cache_damage(path:Path)->str:
     "What is wrong with the cache of features; empty if nothing is."
     if not path.exists(): return ''
@@ -231,7 +231,7 @@ def find_litter(data_dir:Path)->list[Damage]:
         out.append(Damage(f'{settings} is damaged', f'it is moved to {data_dir}/damaged; give --columns again'))
     return out
 
-# %% ../../nbs/lib/data/17_repair.ipynb #fc009b52
+# %% ../../nbs/lib/data/17_repair.ipynb #da306be3
 @dataclass
 class Examined:
     "What is wrong with a version, and its rows and corrections as they should be."
@@ -256,7 +256,7 @@ def examine(
     check_groups(rows)
     return Examined(rows, fixes, found)
 
-# %% ../../nbs/lib/data/17_repair.ipynb #ec811240
+# %% ../../nbs/lib/data/17_repair.ipynb #78491adf
 def images_of(data:Dataset)->set[str]:
     "Names in the store of the pictures of a version."
     rows = Rows(data.index); check_places(rows, data)
@@ -278,7 +278,7 @@ def find_damage(
     out += [Damage(why, OUT) for _,why in sorted(image_damage(data_dir/'images', names-lost).items())]
     return out if version else out+find_litter(data_dir)
 
-# %% ../../nbs/lib/data/17_repair.ipynb #55d19bbd
+# %% ../../nbs/lib/data/17_repair.ipynb #ad64a99e
 def set_aside(path:Path, data_dir:Path):
     "Move something of a dataset to its folder `damaged`."
     dest = data_dir/'damaged'/path.name
@@ -309,11 +309,12 @@ def clear_litter(data_dir:Path):
     for p in remains(data_dir): shutil.rmtree(p) if p.is_dir() else p.unlink()
     if any(d.what.startswith(str(settings)) for d in find_litter(data_dir)): set_aside(settings, data_dir)
 
-# %% ../../nbs/lib/data/17_repair.ipynb #825f488a
+# %% ../../nbs/lib/data/17_repair.ipynb #d4985bb7
 def mended_index(data:Dataset, found:Examined)->pd.DataFrame: # Columns of `INDEX`
     "The rows that stay, settled; raises `ValueError` if none would."
     rows = found.rows
     if not len(rows.index): raise ValueError(f'{data.folder}: no listing can be kept; restore a backup')
+    rows.index = mark_placeholders(data.parts, rows.index)
     component = duplicate_groups(*fingerprints_of(data.parts, rows.index))
     held = np.isin(component, component[(rows.index.grouped == 'excluded').to_numpy()])
     bad = crossing(rows.index, component) & ~held  # near copies with different group numbers
@@ -343,7 +344,7 @@ def mended_version(
     return describe_version(stage, parts, index, names) | dict(seed=old['seed'], generation=old['generation']+1,
         parent=old['version'], delivery=delivery, deliveries=[*old['deliveries'], id], repaired=facts)
 
-# %% ../../nbs/lib/data/17_repair.ipynb #e17dc297
+# %% ../../nbs/lib/data/17_repair.ipynb #c2b81b10
 def mend_rows(data_dir:Path, data:Dataset, found:Examined):
     "Bring back lost pictures, and publish a version without what cannot stay."
     for place,source in found.pictures.items():

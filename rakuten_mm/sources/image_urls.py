@@ -6,9 +6,9 @@
 __all__ = ['BY_URL', 'KINDS', 'MAX_URL', 'MAX_ADDRESSES', 'KEPT', 'NAT64', 'MAX_REDIRECTS', 'LATER', 'TLS', 'MAX_PAUSE',
            'GIVE_UP', 'file_stem', 'picture_ending', 'RefusedURL', 'Busy', 'DownloadLimits', 'Target', 'check_url',
            'is_public', 'connect', 'cut_off_after', 'ask', 'Budget', 'read_picture', 'download', 'Downloads',
-           'download_patiently', 'kept', 'Host', 'plan', 'describe_plan', 'fetch_images']
+           'download_patiently', 'Host', 'plan', 'describe_plan', 'fetch_images']
 
-# %% ../../nbs/lib/sources/03_image_urls.ipynb #96f54859
+# %% ../../nbs/lib/sources/03_image_urls.ipynb #5b36f783
 import hashlib, http.client, ipaddress, re, socket, ssl, threading, time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +22,7 @@ import pandas as pd
 from tqdm import tqdm
 from ..core.files import write_atomic, write_csv
 
-# %% ../../nbs/lib/sources/03_image_urls.ipynb #25cc84f7
+# %% ../../nbs/lib/sources/03_image_urls.ipynb #2d8f5c0b
 BY_URL = 'by_url' # Folder below a delivery's images
 
 def file_stem(url:str)->str:
@@ -30,7 +30,7 @@ def file_stem(url:str)->str:
     name = hashlib.sha256(url.encode('utf-8', 'surrogatepass')).hexdigest()
     return f'{BY_URL}/{name[:2]}/{name}'
 
-# %% ../../nbs/lib/sources/03_image_urls.ipynb #790cf65b
+# %% ../../nbs/lib/sources/03_image_urls.ipynb #5ad01e5c
 KINDS = [(rb'\xff\xd8\xff', '.jpg'), (rb'\x89PNG\r\n\x1a\n', '.png'), (rb'GIF8[79]a', '.gif'),
          (rb'RIFF....WEBP', '.webp'), (rb'BM.{4}\0{4}', '.bmp')]
 
@@ -40,7 +40,7 @@ def picture_ending(
     "The ending of a file's name, by what the file begins with."
     return next((ending for magic,ending in KINDS if re.match(magic, head, re.DOTALL)), '')
 
-# %% ../../nbs/lib/sources/03_image_urls.ipynb #7826c7a1
+# %% ../../nbs/lib/sources/03_image_urls.ipynb #ae420ebf
 class RefusedURL(OSError):
     "The picture of a URL was not fetched, and trying again would not help; the message says why."
 
@@ -61,7 +61,7 @@ class DownloadLimits:
     retries:int = 3 # Further tries of what may go well later
     at_once:int = 4 # Connections to one host
 
-# %% ../../nbs/lib/sources/03_image_urls.ipynb #66325679
+# %% ../../nbs/lib/sources/03_image_urls.ipynb #a6e9c880
 MAX_URL = 4_096 # characters
 MAX_ADDRESSES = 4 # of a name that are tried
 KEPT = "/%:@!$&'()*+,;=~" # Characters of a path that are sent as they are
@@ -100,7 +100,7 @@ def is_public(
         if inside: ip = inside
     return ip.is_global and not ip.is_multicast
 
-# %% ../../nbs/lib/sources/03_image_urls.ipynb #0ad9633e
+# %% ../../nbs/lib/sources/03_image_urls.ipynb #10b6e6c9
 def connect(
     host:str,
     port:int,
@@ -123,7 +123,7 @@ def connect(
         except OSError as e: s.close(); why = str(e)
     raise Busy(f'no connection to {host}: {why}')
 
-# %% ../../nbs/lib/sources/03_image_urls.ipynb #88b3fdf7
+# %% ../../nbs/lib/sources/03_image_urls.ipynb #9e524723
 @contextmanager
 def cut_off_after(
     line:socket.socket,
@@ -143,7 +143,7 @@ def cut_off_after(
     finally: timer.cancel(); line.close()
     if late.is_set(): raise Busy('took too long')
 
-# %% ../../nbs/lib/sources/03_image_urls.ipynb #f41de758
+# %% ../../nbs/lib/sources/03_image_urls.ipynb #c1e31661
 MAX_REDIRECTS = 5
 LATER = (408, 425, 429, 500, 502, 503, 504) # Status codes after which another try may go well
 TLS = ssl.create_default_context()
@@ -170,7 +170,7 @@ def ask(
         if response.status not in LATER: raise RefusedURL(why)
         raise Busy(why, float(after[:9]) if after.isdecimal() else 0)
 
-# %% ../../nbs/lib/sources/03_image_urls.ipynb #6edc32c2
+# %% ../../nbs/lib/sources/03_image_urls.ipynb #f8a6b302
 class Budget:
     "What all downloads of a run have left: bytes and seconds. Shared by threads."
     def __init__(self, limits:DownloadLimits):
@@ -203,7 +203,7 @@ def read_picture(
     if response.length: raise Busy('the connection ended before the picture did')
     return bytes(data)
 
-# %% ../../nbs/lib/sources/03_image_urls.ipynb #b429d727
+# %% ../../nbs/lib/sources/03_image_urls.ipynb #97e37926
 def download(
     url:str,
     limits:DownloadLimits,
@@ -218,7 +218,7 @@ def download(
         url = urljoin(url, found)
     raise RefusedURL(f'more than {MAX_REDIRECTS} redirects')
 
-# %% ../../nbs/lib/sources/03_image_urls.ipynb #88b74b2f
+# %% ../../nbs/lib/sources/03_image_urls.ipynb #138a1e35
 MAX_PAUSE = 60 # seconds
 GIVE_UP = 20 # URLs of a host that failed one after the other, each tried several times
 
@@ -249,14 +249,7 @@ def download_patiently(
             budget.stop.wait(min(max(e.after_s, 2**n), MAX_PAUSE, max(0, budget.until-time.monotonic())))
     raise AssertionError('unreachable')
 
-# %% ../../nbs/lib/sources/03_image_urls.ipynb #6dcb137b
-def kept(
-    images_dir:Path,
-    url:str,
-)->bool:
-    "True if the picture of a URL is there."
-    return any((images_dir/f'{file_stem(url)}{ending}').exists() for _,ending in KINDS)
-
+# %% ../../nbs/lib/sources/03_image_urls.ipynb #f694b02a
 class Host:
     "The URLs of one host, worked off by several threads."
     def __init__(self):
@@ -280,7 +273,7 @@ class Host:
                     self.in_a_row = self.in_a_row+1 if isinstance(e, Busy) else self.in_a_row
             done()
 
-# %% ../../nbs/lib/sources/03_image_urls.ipynb #5ab8b4c5
+# %% ../../nbs/lib/sources/03_image_urls.ipynb #85497f5e
 def plan(
     urls:Iterable[tuple[str, int]], # And the line that each is on; what is no URL is skipped
     images_dir:Path, # Of a delivery
@@ -289,10 +282,11 @@ def plan(
     "Part URLs by host, each once."
     out,seen = Downloads(), set()
     hosts:dict[str, Host] = defaultdict(Host)
+    there = {p.stem for p in images_dir.glob(f'{BY_URL}/*/*') if p.suffix in [ending for _,ending in KINDS]}
     for url,line in urls:
         if (url := url.strip()) in seen or not re.match(r'(?i)[a-z][a-z0-9+.-]*://', url): continue
         seen.add(url)
-        if kept(images_dir, url): out.there += 1; continue
+        if file_stem(url)[-64:] in there: out.there += 1; continue
         try: hosts[check_url(url, limits.hosts).host].todo.append((url, line))
         except RefusedURL as e: out.failed.append(dict(url=url, reason=str(e), line=line))
     return dict(hosts), out
@@ -308,7 +302,7 @@ def describe_plan(
     n = sum(len(h.todo) for h in hosts.values())
     return f"pictures to fetch: {n:,}{f' ({some})' if some else ''}; there already: {out.there:,}{refused}"
 
-# %% ../../nbs/lib/sources/03_image_urls.ipynb #0ebfe737
+# %% ../../nbs/lib/sources/03_image_urls.ipynb #7d736ab3
 def fetch_images(
     urls:Iterable[tuple[str, int]], # And the line that each is on; what is no URL is skipped
     images_dir:str|Path, # Of a delivery; receives `by_url/`
