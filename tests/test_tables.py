@@ -1,4 +1,4 @@
-"Tables and pictures as people really have them: saved by spreadsheets, named by hand, with numbers that were spoilt on the way."
+"Tables and pictures as people really have them: saved by spreadsheets, named by hand, with spoilt numbers."
 import io
 import re
 import shutil
@@ -70,8 +70,9 @@ def check(products):
 # -- 79, 80: numbers ---------------------------------------------------------------------------------------------------
 
 def test_f79_ids_are_numbers_before_they_are_compared(raw):
-    save(raw/'X_train.csv', x_rows(ids=['0', '01', ' 2', '3.0', '="4"'], products=['011', '12.0', ' 13', "'14", '15,00'],
-                                   images=['100', '0101', '102.0', '103', '104']))
+    ids,products,images = '0|01| 2|3.0|="4"', "011|12.0| 13|'14|15,00", '100|0101|102.0|103|104'
+    x = x_rows(*(s.split('|') for s in (ids, products, images)))
+    save(raw/'X_train.csv', x)
     save(raw/'Y_train.csv', y_rows(ids=['00', '1', '2.0', '3', '4'], codes=['2583.0', '01560', ' 1281', "'2705", '10']))
     save(raw/'corrections.csv', [['productid', 'prdtypecode', 'source', 'time'], ['012', '10.0', 'anna', '2026-11-02']])
     products = taken(raw)
@@ -99,7 +100,8 @@ def test_f79_f80_a_number_that_was_spoilt_is_never_guessed(raw, spoilt):
 
 
 def test_f80_the_largest_numbers(raw):
-    shutil.copyfile(raw/'images'/'image_train'/'image_100_product_11.jpg', raw/'images'/'image_train'/f'image_{MAX_NUMBER}_product_{MAX_NUMBER}.jpg')
+    folder = raw/'images'/'image_train'
+    shutil.copyfile(folder/'image_100_product_11.jpg', folder/f'image_{MAX_NUMBER}_product_{MAX_NUMBER}.jpg')
     save(raw/'X_train.csv', x_rows(products=[MAX_NUMBER, 12, 13, 14, 15], images=[MAX_NUMBER, 101, 102, 103, 104]))
     save(raw/'Y_train.csv', y_rows(codes=[MAX_NUMBER, 1560, 1281, 2705, MAX_NUMBER+1]))
     products = taken(raw, max_quarantine=.3)
@@ -125,8 +127,9 @@ def test_f80_ids_of_served_listings_are_known_by_their_content(raw, tmp_path):
 # -- 81: tables --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('separator', [',', ';', '\t', '|'])
-@pytest.mark.parametrize(('encoding', 'mark'), [('utf-8', b''), ('utf-8', b'\xef\xbb\xbf'), ('utf-16', b''), ('utf-16-le', b''),
-                                                ('utf-16-be', b'\xfe\xff'), ('cp1252', b''), ('mac_roman', b'')])
+@pytest.mark.parametrize(('encoding', 'mark'), [
+    ('utf-8', b''), ('utf-8', b'\xef\xbb\xbf'), ('utf-16', b''), ('utf-16-le', b''), ('utf-16-be', b'\xfe\xff'),
+    ('cp1252', b''), ('mac_roman', b'')])
 def test_f81_separators_and_encodings(raw, separator, encoding, mark):
     save(raw/'X_train_update.csv', x_rows(), encoding, separator, mark=mark)
     save(raw/'Y_train_CVw08PX.csv', y_rows(), 'utf-8', separator)
@@ -148,7 +151,8 @@ def test_f81_formats(raw, form):
 
 def test_f81_what_spreadsheets_leave_behind(raw):
     "A line that names the separator, a title, blank rows and columns, a header again, other case."
-    x = [['sep=;', '', '', '', '', ''], ['Catalogue de novembre', '', '', '', '', ''], ['']*6, ['', 'DESIGNATION ', 'Description', 'ProductID', ' imageid', '']]
+    x = [['sep=;', *['']*5], ['Catalogue de novembre', *['']*5], ['']*6,
+         ['', 'DESIGNATION ', 'Description', 'ProductID', ' imageid', '']]
     x += [[*r, ''] for r in x_rows()[1:3]]+[['']*6]+[x[3]]+[[*r, ''] for r in x_rows()[3:]]+[['']*6]*20
     save(raw/'x_train_novembre.CSV', x, 'cp1252', ';'); save(raw/'Y_Train.csv', y_rows(), separator=';')
     check(taken(raw))
@@ -169,8 +173,9 @@ def test_f81_what_cannot_be_read_is_named(raw, x, y, told):
     assert not (raw.parent/'data'/'CURRENT').exists()
 
 
-@pytest.mark.parametrize(('content', 'told'), [(b'%PDF-1.7', 'PDF'), (b'<!DOCTYPE html><table>', 'a web page'), (b'\x1f\x8b\x08', 'gzip'),
-                                               (b'', 'empty'), (b'PK\x03\x04 no zip', 'cannot be read'), (b'PAR1 cut off', 'cannot be read')])
+@pytest.mark.parametrize(('content', 'told'), [
+    (b'%PDF-1.7', 'PDF'), (b'<!DOCTYPE html><table>', 'a web page'), (b'\x1f\x8b\x08', 'gzip'), (b'', 'empty'),
+    (b'PK\x03\x04 no zip', 'cannot be read'), (b'PAR1 cut off', 'cannot be read')])
 def test_f81_what_is_no_table(raw, content, told):
     (raw/'X_train.csv').write_bytes(content); save(raw/'Y_train.csv', y_rows())
     with pytest.raises(RawDataError, match=told): taken(raw)
@@ -179,14 +184,15 @@ def test_f81_what_is_no_table(raw, content, told):
 def test_f81_labels_beside_listings(raw):
     "One table, with names instead of codes."
     names = ['piscine et ACCESSOIRES', 'Furniture', '1281', 'Romans, essais, histoire', 'Livres']
-    rows = [['id', 'designation', 'prdtypecode', 'productid', 'imageid'],
-            *([i, t, n, p, m] for i,t,n,p,m in zip('abcde', TITLES, names, range(11, 16), range(100, 105), strict=True))]
-    save(raw/'produits.csv', [r[1:] for r in rows], 'cp1252', ';')
+    rows = [['designation', 'prdtypecode', 'productid', 'imageid'],
+            *map(list, zip(TITLES, names, range(11, 16), range(100, 105), strict=True))]
+    save(raw/'produits.csv', rows, 'cp1252', ';')
     check(taken(raw))
 
 
 def test_f81_columns_are_told_once(raw):
-    rows = [['Réf', 'Libellé', 'Rayon', 'Photo'], *([i, t, c, f'image_{100+k}_product_{11+k}'] for k,(i,t,c) in enumerate(zip(range(11, 16), TITLES, CODES, strict=True)))]
+    rows = [['Réf', 'Libellé', 'Rayon', 'Photo'], *([11+k, t, c, f'image_{100+k}_product_{11+k}']
+                                                     for k,(t,c) in enumerate(zip(TITLES, CODES, strict=True)))]
     save(raw/'novembre.csv', rows[:4], 'cp1252', ';')
     run = lambda *options: CliRunner().invoke(cli, ['ingest', str(raw), str(raw.parent/'data'), *options])
     done = run()
@@ -220,8 +226,9 @@ def test_f81_corrections_from_a_spreadsheet(raw):
     taken(raw)
     fix = raw.parent/'fix'; fix.mkdir()
     header = ['productid', 'prdtypecode', 'source', 'time', 'title']
-    save_workbook(fix/'corrections.xlsx', [header, [11.0, 'Livres', 'Hélène', datetime.fromisoformat('2026-11-02T10:00').isoformat(), TITLES[0]],
-                                           [12, 99_999, 'Hélène', '2026-11-02', ''], ['x', 10, 'Hélène', '2026-11-02', '']])
+    rows = [[11.0, 'Livres', 'Hélène', '2026-11-02T10:00', TITLES[0]], [12, 99_999, 'Hélène', '2026-11-02', ''],
+            ['x', 10, 'Hélène', '2026-11-02', '']]
+    save_workbook(fix/'corrections.xlsx', [header, *rows])
     data = ingest(fix, raw.parent/'data', progress=False, max_quarantine=.7)
     assert data.manifest['delivery']['relabelled'] == 1 and data.products.set_index('productid').prdtypecode[11] == 10
     assert sorted(data.quarantine.reason) == ['bad_productid', 'unknown_code']
@@ -241,7 +248,8 @@ def test_f82_products_file(tmp_path):
 
 # -- 84, 86: pictures and folders --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', ['image_{i}_product_{p}.JPG', 'Image_{i}_Product_{p}.jpeg', 'image_{i}_product_{p}.PNG', 'sub/image_{i}_product_{p}.webp'])
+@pytest.mark.parametrize('name', ['image_{i}_product_{p}.JPG', 'Image_{i}_Product_{p}.jpeg',
+                                  'image_{i}_product_{p}.PNG', 'sub/image_{i}_product_{p}.webp'])
 def test_f84_names_of_pictures(raw, name):
     folder = raw/'images'/'image_train'
     (folder/'sub').mkdir()
@@ -250,13 +258,15 @@ def test_f84_names_of_pictures(raw, name):
     check(taken(raw))
 
 
-@pytest.mark.parametrize('spelling', ['photos/{n}', 'photos\\{n}', './photos/{n}', 'C:\\Users\\anna\\Pictures\\{n}', '/home/anna/{n}', '../{n}', '{n}', '{s}'])
+@pytest.mark.parametrize('spelling', ['photos/{n}', 'photos\\{n}', './photos/{n}', 'C:\\Users\\anna\\Pictures\\{n}',
+                                      '/home/anna/{n}', '../{n}', '{n}', '{s}'])
 def test_f84_pictures_by_a_column(raw, spelling):
     "A picture outside of the delivery is never read, one inside is found by its name."
     shutil.rmtree(raw/'images')
     for k in range(5): picture(raw/'photos'/f'Été {k}.jpg', k)
     picture(raw.parent/'Été 0.jpg', 99)  # beside the delivery
-    rows = [[i, t, c, p, spelling.format(n=f'Été {i}.jpg', s=f'été {i}')] for i,t,c,p in zip(range(5), TITLES, CODES, range(11, 16), strict=True)]
+    rows = [[i, t, c, 11+i, spelling.format(n=f'Été {i}.jpg', s=f'été {i}')]
+            for i,(t,c) in enumerate(zip(TITLES, CODES, strict=True))]
     save(raw/'listings.csv', [['id', 'designation', 'prdtypecode', 'productid', 'image'], *rows])
     products = taken(raw)
     check(products)
@@ -283,7 +293,8 @@ def test_f86_a_folder_in_the_folder(raw):
     data = ingest(raw.parent/'unpacked', raw.parent/'data', progress=False)
     check(data.products.set_index('productid'))
     shutil.copytree(raw.parent/'unpacked'/'livraison novembre', raw.parent/'unpacked'/'décembre')
-    with pytest.raises(RawDataError, match='several folders hold tables'): ingest(raw.parent/'unpacked', raw.parent/'other')
+    with pytest.raises(RawDataError, match='several folders hold tables'):
+        ingest(raw.parent/'unpacked', raw.parent/'other')
 
 
 def test_f81_the_reader_is_told_what_was_found(tmp_path):

@@ -96,7 +96,9 @@ class Job(BaseModel):
         params = (yaml.safe_load(self.config.read_text()) or {}).get('parameters') or {}
         raw = Path(params.get('raw_dir') or '.')
         complete = not (raw/STATE).is_dir() or (raw/WHOLE).exists()
-        return bool(params.get('remote')) or (any(raw.glob('X_train*.csv')) and complete)
+        tables = [p for depth in ('*', '*/*') for p in raw.glob(depth) if p.is_file() and not
+                  p.name.lower().startswith(('.', 'corrections', 'classes'))]  # in a folder, as archives pack it
+        return bool(params.get('remote')) or (bool(tables) and complete)
 
 
 class Schedule(BaseModel):

@@ -33,15 +33,16 @@ def relative(
 def walk(
     roots:Iterable[Path]
 )->Iterator[os.DirEntry]:
-    "Files in folders and the folders in them, each once, in an order that does not change; tables and hidden ones are left out."
+    "Files in folders and those in them, each once, always in one order; tables and hidden ones are left out."
     seen:set[str] = set()
     todo = [str(r) for r in roots][::-1]
     while todo:
         folder = todo.pop()
         if (real := os.path.realpath(folder)) in seen or not Path(folder).is_dir(): continue
         seen.add(real)
-        with os.scandir(folder) as entries: found = sorted((e for e in entries if not e.name.startswith('.')), key=lambda e: e.name)
+        with os.scandir(folder) as entries: found = sorted(entries, key=lambda e: e.name)
         for e in found:
+            if e.name.startswith('.'): continue
             if e.is_dir(follow_symlinks=False): todo.append(e.path)
             elif not e.name.lower().endswith(TABLES): yield e
 
@@ -68,10 +69,11 @@ class ImageFolder:
         productid:int = 0,
     )->str: # Path of the file, there or not; empty if the listing names no picture
         "The file of a listing's picture, or the one that was looked for."
-        if not image.strip() and not imageid: return ''
-        is_url = re.match('(?i)https?://', image.strip())
-        name = file_stem(image.strip()) if is_url else relative(image) if image.strip() else image_name(imageid, productid)
+        image = image.strip()
+        if not image and not imageid: return ''
+        is_url = re.match('(?i)https?://', image)
+        name = file_stem(image) if is_url else relative(image) if image else image_name(imageid, productid)
         for root in [] if is_url else self.roots:
-            if os.path.exists(path := f'{root}/{name}'): return path
+            if Path(path := f'{root}/{name}').exists(): return path
         found = self.index.get(spelling(name)) or self.index.get(spelling(PurePosixPath(name).name))
-        return found or (image.strip() if is_url else f'{self.roots[0]}/{name}')
+        return found or (image if is_url else f'{self.roots[0]}/{name}')

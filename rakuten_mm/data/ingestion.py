@@ -19,8 +19,8 @@ from .dataset import Dataset, publish, single_products
 from ..core.files import sha256_file, write_atomic
 from .features import FEATURES_VERSION, Checker, FeatureCache
 from .near_duplicates import duplicate_groups
-from .parsing import CORRECTIONS, Delivery, IngestionLog, check_refused_share, find_delivery, make_receipt
-from .parsing import read_corrections, read_labels, read_listings_of, with_features
+from .parsing import CORRECTIONS, Delivery, IngestionLog, check_refused_share, find_delivery
+from .parsing import make_receipt, read_corrections, read_labels, read_listings_of, with_features
 from .merging import EMPTY, assign_splits, correct, describe_version, fingerprints_of
 from .merging import mark_placeholders, merge_index, reconcile, write_part
 from ..sources.sync import complete_delivery
@@ -136,7 +136,8 @@ def build_version(
     index.to_parquet(stage/'index.parquet', index=False); fixes.to_parquet(stage/'corrections.parquet', index=False)
     if parent and all(sha256_file(stage/f) == old['files'][f] for f in ('index.parquet', 'corrections.parquet')):
         return None
-    content = json.dumps([FEATURES_VERSION, options['snapshot'], [sha256_file(p) for p in delivery.tables], log.images.hexdigest()])
+    tables = [sha256_file(p) for p in delivery.tables]
+    content = json.dumps([FEATURES_VERSION, options['snapshot'], tables, log.images.hexdigest()])
     id = hashlib.sha256(content.encode()).hexdigest()[:16]
     counts = reconcile(log, delivery, before, index) | dict(mended=len(twice), tables=log.tables)
     return describe_version(stage, parts, index, names) | dict(seed=old.get('seed', options['seed']),
@@ -171,7 +172,8 @@ def ingest_alone(
     "Merge a delivery, unless it is part of the dataset; raises `RawDataError`."
     clean_up(data_dir)
     snapshot,parent = options['snapshot'], Dataset.open(data_dir) if (data_dir/'CURRENT').exists() else None
-    cache,receipt = FeatureCache(data_dir/'cache'/'facts.sqlite'), make_receipt(delivery, snapshot=snapshot, features=FEATURES_VERSION)
+    cache = FeatureCache(data_dir/'cache'/'facts.sqlite')
+    receipt = make_receipt(delivery, snapshot=snapshot, features=FEATURES_VERSION)
     if parent and already_in(cache.get([receipt])[0], parent, snapshot): return
     stage = Path(tempfile.mkdtemp(dir=data_dir, prefix='.stage-'))
     try:

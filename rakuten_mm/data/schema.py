@@ -21,13 +21,15 @@ from .text import is_blank
 REASONS = dict(
     malformed='no table from here on: a quote is not closed, or stands where none may',
     ragged='more or fewer fields than the header', not_utf8='not UTF-8; convert the file, e.g. with iconv',
-    bad_id='the id is no whole number that can be kept', bad_productid='the product id is no whole number that can be kept',
+    bad_id='the id is no whole number that can be kept',
+    bad_productid='the product id is no whole number that can be kept',
     bad_imageid='the image id is no whole number that can be kept',
     bad_code='the category is neither a whole number that can be kept nor a known name',
     bad_time='the time is no ISO 8601 date, such as 2026-11-26T14:30Z', empty_title='no title',
     repeated_id='the id was used by an earlier line', repeated_product='the product is on an earlier line',
     repeated_label='a second label for the id', no_label='the listing has no label',
-    no_listing='the label has no (accepted) listing', unknown_code='no listing has the category, or classes.csv leaves it out',
+    no_listing='the label has no (accepted) listing',
+    unknown_code='no listing has the category, or classes.csv leaves it out',
     unknown_product='a correction of a product that the dataset does not hold',
     image_missing='the image is not there', image_invalid='the image cannot be decoded')
 
@@ -44,7 +46,8 @@ def read_columns(
     for pair in filter(str.strip, text.split(',')):
         left,_,right = (s.strip() for s in pair.partition('='))
         if left not in ours or not right:
-            raise ValueError(f"{pair.strip()!r} names no column: write OURS=THEIRS, where OURS is one of {', '.join(COLUMNS)}")
+            raise ValueError(f'{pair.strip()!r} names no column: write OURS=THEIRS, '
+                             f"where OURS is one of {', '.join(COLUMNS)}")
         out[ours[left]] = right
     return out
 
@@ -137,7 +140,8 @@ def once(
 
 def listing_schema()->pa.DataFrameSchema:
     "Rules of the listings, for the pieces of one file; product ids of served listings may be longer than others."
-    column = dict(id=whole_number('bad_id'), productid=whole_number('bad_productid', 10**18), imageid=whole_number('bad_imageid'))
+    column = dict(id=whole_number('bad_id'), productid=whole_number('bad_productid', 10**18),
+                  imageid=whole_number('bad_imageid'))
     return pa.DataFrameSchema(column | dict(description=pa.Column(str),
         designation=pa.Column(str, pa.Check(lambda s: ~s.map(is_blank), error='empty_title'))))
 
@@ -149,8 +153,8 @@ def label_schema()->pa.DataFrameSchema:
 def correction_schema()->pa.DataFrameSchema:
     "Rules of the corrections."
     dated = pa.Check(lambda s: pd.to_datetime(s, format='ISO8601', utc=True, errors='coerce').notna(), error='bad_time')
-    return pa.DataFrameSchema(dict(productid=whole_number('bad_productid', 10**18), prdtypecode=whole_number('bad_code'),
-                                   source=pa.Column(str), time=pa.Column(str, dated)))
+    numbers = dict(productid=whole_number('bad_productid', 10**18), prdtypecode=whole_number('bad_code'))
+    return pa.DataFrameSchema(numbers | dict(source=pa.Column(str), time=pa.Column(str, dated)))
 
 def image_schema()->pa.DataFrameSchema:
     "Rules of the checked images; `image_error` is empty, `missing`, or what the decoder said."
@@ -205,12 +209,13 @@ def read_products(
     table = open_table(path, [names.get(c, c) for c in texts])
     at = find_columns(table, [], texts, names)
     if not {'designation', 'image', 'imageid'} & set(at): find_columns(table, ['designation'], [], names)
-    columns,rows,n = ['line', *texts, 'problem', 'detail'], [], 0
-    for line,fields,why in table.records():
-        field = lambda c: fields[at[c]] if c in at and at[c] < len(fields) and why != 'malformed' else ''
-        id = field('id').strip() if 'id' in at else str(n)
-        rows.append((line, id, *(field(c) if not why else '' for c in texts[1:]), why, shown(fields) if why else ''))
-        n += 1
+    columns = ['line', *texts, 'problem', 'detail']
+    rows:list[tuple] = []
+    for n,(line,fields,why) in enumerate(table.records()):
+        there = {c: fields[i] for c,i in at.items() if i < len(fields)} if why != 'malformed' else {}
+        id = there.get('id', '').strip() if 'id' in at else str(n)
+        read = ['' if why else there.get(c, '') for c in texts[1:]]
+        rows.append((line, id, *read, why, shown(fields) if why else ''))
         if len(rows) >= size: yield with_image_ids(pd.DataFrame(rows, columns=columns)); rows = []
     if rows: yield with_image_ids(pd.DataFrame(rows, columns=columns))
 
@@ -235,8 +240,8 @@ def find_tables(
     start:str = '', # Of the name, without regard to case
 )->list[Path]:
     "The tables in `raw_dir` whose name begins like that."
-    return sorted(p for p in raw_dir.iterdir() if p.suffix.lower() in TABLES and p.name.lower().startswith(start.lower())
-                  and not p.name.startswith('.'))
+    return sorted(p for p in raw_dir.iterdir() if p.suffix.lower() in TABLES and not p.name.startswith('.')
+                  and p.name.lower().startswith(start.lower()))
 
 def find_one(
     raw_dir:str|Path, # A delivery
@@ -244,7 +249,9 @@ def find_one(
 )->Path|None:
     "The table of `raw_dir` with such a name, if there is one; raises `RawDataError` if there are several."
     found = find_tables(Path(raw_dir), start)
-    if len(found) > 1: raise RawDataError(f"{raw_dir}: expected one {start} table, found {', '.join(p.name for p in found)}; leave one")
+    if len(found) > 1:
+        names = ', '.join(p.name for p in found)
+        raise RawDataError(f'{raw_dir}: expected one {start} table, found {names}; leave one')
     return found[0] if found else None
 
 def image_name(imageid:int, productid:int)->str:
@@ -258,7 +265,8 @@ def read_names(
 )->dict[int, str]: # Display name by code
     "Category names that came with the delivery; raises `RawDataError`."
     out:dict[int, str] = {}
-    for df,bad in read_chunks(path, ['prdtypecode', 'label'], names=names) if path else []:
+    if not path: return out
+    for df,bad in read_chunks(path, ['prdtypecode', 'label'], names=names):
         good,more = validate(df, pa.DataFrameSchema(dict(prdtypecode=whole_number('bad_code'))), path.name)
         for r in bad+more: raise RawDataError(f"{path}: line {r['line']}: {REASONS[r['reason']]} ({r['detail']})")
         out |= {int(r.prdtypecode): r.label for r in good.itertuples()}

@@ -42,7 +42,8 @@ def find_format(
     return what
 
 # %% ../../nbs/lib/data/15_tables.ipynb #d9fc9b70
-MARKS = {b'\xef\xbb\xbf': 'utf-8', b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-32', b'\xff\xfe': 'utf-16', b'\xfe\xff': 'utf-16'}
+MARKS = {b'\xef\xbb\xbf': 'utf-8', b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-32',
+         b'\xff\xfe': 'utf-16', b'\xfe\xff': 'utf-16'}
 LEGACY = {'cp1252': 'Windows-1252', 'mac_roman': 'Mac OS Roman', 'cp850': 'DOS code page 850'}
 FRENCH = set('éèêëàâçîïôùûœÉÈÊÀÂÇÎÔŒ«»’“”–—…€°²\xa0')
 
@@ -63,7 +64,8 @@ def find_encoding(
         head = f.read(4_096)
         for mark,encoding in MARKS.items():
             if head.startswith(mark): return encoding
-        if head.count(b'\0') > len(head)//4: return 'utf-16-le' if head[1::2].count(b'\0') > head[::2].count(b'\0') else 'utf-16-be'
+        zeros = head[1::2].count(b'\0'), head[::2].count(b'\0')
+        if sum(zeros) > len(head)//4: return 'utf-16-le' if zeros[0] > zeros[1] else 'utf-16-be'
         f.seek(0)
         valid,invalid,sample = 0, 0, b''
         while line := f.readline(1_000_000):
@@ -165,7 +167,8 @@ def parquet_records(path:Path)->Iterator[tuple[int, list[str], str]]: # Record (
 
 # %% ../../nbs/lib/data/15_tables.ipynb #faab16de
 SEPARATORS = {',': 'commas', ';': 'semicolons', '\t': 'tabs', '|': 'vertical bars'}
-ENCODINGS = {'utf-8': 'UTF-8', 'utf-32': 'UTF-32', **dict.fromkeys(('utf-16', 'utf-16-le', 'utf-16-be'), 'UTF-16')} | LEGACY
+ENCODINGS = {'utf-8': 'UTF-8', 'utf-32': 'UTF-32'} | LEGACY
+ENCODINGS |= dict.fromkeys(('utf-16', 'utf-16-le', 'utf-16-be'), 'UTF-16')
 plain = lambda name: ' '.join(name.replace('\ufeff', '').split()).casefold()
 
 @dataclass(frozen=True)
