@@ -1,5 +1,8 @@
 "Pictures by URL: fetched within limits, from public addresses only, as fault 10 asks of a server."
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from contextlib import suppress
@@ -126,6 +129,25 @@ def test_f10_limits_of_bytes_and_seconds(shop, tmp_path):
     late = get(some, tmp_path/'late', mine(max_s=0))
     assert late.fetched == 0 and 'time' in late.failed[0]['reason']
     assert [p.suffix for p in tmp_path.rglob('by_url/*/*')] == ['.png']*8
+
+
+@pytest.mark.skipif(not shutil.which('openssl'), reason='openssl is not installed')
+def test_over_tls_the_certificate_counts(shop, tmp_path, monkeypatch):
+    "One that nobody vouches for is refused at once; a server that never finishes its greeting ends in its time."
+    key,cert = tmp_path/'key.pem', tmp_path/'cert.pem'
+    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes',
+                    '-keyout', key, '-out', cert, '-days', '2', '-subj', '/CN=localhost', '-addext',
+                    'subjectAltName=DNS:localhost'], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER); context.load_cert_chain(cert, key)
+    shop.socket = context.wrap_socket(shop.socket, server_side=True)
+    url,limits = f'https://localhost:{shop.server_port}/good.png', mine(hosts=frozenset(['localhost']))
+    assert 'the certificate: self' in reasons([url], tmp_path, limits)[0] and shop.asked == []
+    monkeypatch.setattr(image_urls, 'TLS', ssl.create_default_context(cafile=cert))
+    assert get([url], tmp_path, limits).fetched == 1
+    with socket.create_server(('127.0.0.1', 0)) as mute:
+        why = reasons([f'https://localhost:{mute.getsockname()[1]}/a.png'], tmp_path, mine(
+            hosts=frozenset(['localhost']), timeout_s=.5))
+    assert 'too long' in why[0] or 'timed out' in why[0], why
 
 
 def test_a_busy_server_is_asked_again_when_it_said(shop, tmp_path):
