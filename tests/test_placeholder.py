@@ -122,3 +122,12 @@ def test_f85_a_dataset_from_before_is_read_and_marked_by_its_next_delivery(half,
     new = ingest(delivery(tmp_path/'raw', 10, start=1_500), tmp_path/'data', progress=False)
     assert new.index.placeholder.sum() == 100 and len(new.index) == 230
     assert (new.index.grouped[:220] == old.index.grouped).all()
+
+
+def test_f85_one_photo_of_a_range_is_no_placeholder_and_that_of_a_specialised_shop_is(tmp_path):
+    "In one category, a picture on 20 listings may show what they have in common; on 60 unrelated ones it does not."
+    for n,expected in ((20, 0), (60, 60)):
+        raw = delivery(tmp_path/f'raw{n}', n, lambda i: True)
+        y = read(raw/'Y_train_CVw08PX.csv').assign(prdtypecode=2583); y.to_csv(raw/'Y_train_CVw08PX.csv', index=False)
+        data = ingest(raw, tmp_path/f'data{n}', progress=False)
+        assert data.index.placeholder.sum() == expected and (data.index.group.nunique() > 1) == bool(expected)

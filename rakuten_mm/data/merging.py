@@ -93,12 +93,13 @@ def raw_bytes(
 
 def mark_placeholders(
     paths:list[Path], # Parts
-    index:pd.DataFrame, # From `merge_index`; `placeholder` as it was in the parent version
+    index:pd.DataFrame, # From `merge_index`, with prdtypecode; `placeholder` as it was in the parent version
 )->pd.DataFrame: # The same, with `placeholder` as it is now
     "Mark the listings whose picture says nothing about them."
     t = read_parts(paths, index, ['title', 'text_code', 'image_hash']).combine_chunks()
-    codes,known = t['text_code'].to_numpy(), index.placeholder.to_numpy()
-    return index.assign(placeholder=placeholders(raw_bytes(t, 'image_hash'), codes, t['title'].to_pandas(), known))
+    marked = placeholders(raw_bytes(t, 'image_hash'), t['text_code'].to_numpy(), t['title'].to_pandas(),
+                          index.prdtypecode.to_numpy(), index.placeholder.to_numpy())
+    return index.assign(placeholder=marked)
 
 # %% ../../nbs/lib/data/09_merging.ipynb #a8407a5e
 def fingerprints_of(
