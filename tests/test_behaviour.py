@@ -87,7 +87,7 @@ def test_predict_answers_every_row(raw, bundle, tmp_path):
     subprocess.run([sys.executable, '-m', 'rakuten_mm', 'predict', '--bundle', bundle, '--out', out,
                     '--products', raw/'X_test_update.csv', '--images', raw/'images'/'image_test'], check=True)
     x,preds = pd.read_csv(raw/'X_test_update.csv'), pd.read_csv(out)
-    assert list(preds) == ['id', 'prdtypecode', 'probability', 'top_2', 'top_3', 'lane']
+    assert list(preds) == ['id', 'prdtypecode', 'label', 'probability', 'top_2', 'top_3', 'lane']
     assert preds.id.tolist() == x.iloc[:, 0].tolist()
     assert preds.notna().all(axis=None) and preds.prdtypecode.dtype == int
 

@@ -35,6 +35,7 @@ from rakuten_mm.data.dataset import Dataset, damaged_images, versions
 from rakuten_mm.data.diff import diff
 from rakuten_mm.data.feedback import Correction, write_csv_rows, write_delivery
 from rakuten_mm.data.image import InvalidImage, decode_image, load_pixels, open_image
+from rakuten_mm.data.image_files import ImageFolder
 from rakuten_mm.data.ingestion import ingest
 from rakuten_mm.data.ingestion_report import (
     arrivals,
@@ -263,9 +264,9 @@ def test_f66_beside_a_products_file(tmp_path):
             return Prepared(designation)
     for name,path in no_pictures(tmp_path/'odd').items():
         put(path, path.with_name(image_name(1, 2)))
-        row = SimpleNamespace(designation='Lot', description='', imageid=1, productid=2)
-        p,problem = prepare_row(Model(), row, tmp_path/'odd')
-        assert p.title == 'Lot' and problem == ('missing' if name == 'dangling' else 'invalid'), name
+        row = SimpleNamespace(designation='Lot', description='', image='', imageid=1, productid=2)
+        p,picture,_ = prepare_row(Model(), row, ImageFolder(tmp_path/'odd'))
+        assert p.title == 'Lot' and picture == ('missing' if name == 'dangling' else 'invalid'), name
         path = path.with_name(image_name(1, 2))
         path.rmdir() if name == 'folder' else path.unlink()
     assert seen == [None]*8

@@ -122,11 +122,11 @@ def write_parquet_pieces(pieces:Iterable, path:Path):
 SHEET_ROWS,CELL_CHARS = 1_048_576, 32_767 # What a sheet and a cell of a workbook hold
 
 def write_cell(sheet, row:int, column:int, value):
-    "Write a value into a sheet of XlsxWriter: numbers as numbers, everything else as text."
-    if value == '' if isinstance(value, str) else str(value) in ('None', 'nan', '<NA>'): return
-    if isinstance(value, str) and not re.fullmatch(r'0|[1-9]\d{0,14}', value):
-        sheet.write_string(row, column, value[:CELL_CHARS].encode('utf-8', 'replace').decode())
-    else: sheet.write_number(row, column, float(value))
+    "Write a value into a sheet of XlsxWriter: numbers of up to 15 digits as numbers, everything else as text."
+    text = '' if str(value) in ('None', 'nan', '<NA>') and not isinstance(value, str) else str(value)
+    exact = re.fullmatch(r'0|[1-9]\d{0,14}', text) if isinstance(value, str) else text and abs(value) < 10**15
+    if exact: sheet.write_number(row, column, float(value))
+    elif text: sheet.write_string(row, column, text[:CELL_CHARS].encode('utf-8', 'replace').decode())
 
 def write_xlsx_pieces(pieces:Iterable, path:Path):
     "Write a long table, pandas DataFrames with the same columns, as a workbook."

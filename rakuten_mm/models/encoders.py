@@ -162,9 +162,12 @@ def sentence_encoder(threads:int):
 class StaticEncoder(nn.Module):
     "The Universal Sentence Encoder, for frozen use."
     dim = 512
-    def __init__(self, cfg:EncoderConfig = EncoderConfig()):
+    def __init__(self,
+        cfg:EncoderConfig = EncoderConfig(),
+        threads:int = 0, # Of one call; 0 asks for every core this process may use
+    ):
         super().__init__()
-        self.cfg,self.model = cfg,sentence_encoder(n_threads())
+        self.cfg,self.model = cfg,sentence_encoder(n_threads(threads))
 
     def texts(self, titles:list[str], descriptions:list[str])->list[str]:
         "Title and description of each listing as one text, cut to what is worth reading."

@@ -59,16 +59,17 @@ class Predictor:
 
     @classmethod
     def load(cls,
-        bundle:str|Path # Folder
+        bundle:str|Path, # Folder
+        threads:int = 0, # Of one call of an encoder; 0 asks for every core this process may use
     )->'Predictor':
         "The predictor of a bundle; raises `BundleError`."
-        net,config = load_bundle(bundle)
+        net,config = load_bundle(bundle, threads)
         path,graphs = Path(bundle, 'triage.json'), {n: Path(bundle, f'{n}.onnx') for n in ('image', 'text')}
         model = cls(net, config, Triage.from_dict(json.loads(path.read_text())) if path.exists() else None)
         if graphs['image'].exists():
-            run = OnnxRuntime.from_bytes(graphs['image'].read_bytes())
+            run = OnnxRuntime.from_bytes(graphs['image'].read_bytes(), threads)
             model.encode = PixelEncoder(run, config['info']['runtime']['image'])
-        if graphs['text'].exists(): net.text.run = OnnxRuntime.from_bytes(graphs['text'].read_bytes())
+        if graphs['text'].exists(): net.text.run = OnnxRuntime.from_bytes(graphs['text'].read_bytes(), threads)
         return model
 
     if TYPE_CHECKING:  # the methods below are patched in, which type checkers do not see
