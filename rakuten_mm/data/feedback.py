@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .dataset import Dataset
 from .schema import image_name
+from .text import is_blank
 from ..core.files import sha256_file
 from .splits import FEEDBACK_ID_BASE
 
@@ -88,7 +89,7 @@ def partition(
     ids = find_known(corrections, data) if data else {}
     known,other = [(ids[c.key], c) for c in corrections if c.key in ids], [c for c in corrections if c.key not in ids]
     kept = [c for c in other if c.designation is not None]
-    new = [c for c in kept if c.image and c.image.exists() and (c.designation or '').strip()]
+    new = [c for c in kept if c.image and c.image.exists() and not is_blank(c.designation or '')]
     wrong = sum(c.answered != c.prdtypecode for c in [c for _,c in known]+new)
     return known, new, Collected(len(known), len(new), len(kept)-len(new), len(other)-len(kept), wrong)
 
