@@ -107,10 +107,11 @@ def test_suspects_come_back_as_corrections(noisy, tmp_path):
     root,_,truth = noisy
     shutil.copytree(root/'data', tmp_path/'data')
     res = run_notebook('audit', tmp_path/'audit', data_dir=tmp_path/'data', train_dir=root/'train', top=50)
-    found = pd.read_csv(tmp_path/'audit'/'suspects.csv')
+    found = pd.read_excel(tmp_path/'audit'/'suspects.xlsx', engine='calamine')
+    assert pd.read_csv(tmp_path/'audit'/'suspects.csv').productid.tolist() == found.productid.tolist()
     assert res['written'] == len(found) == min(50, res['suspects']) and res['reviewed'] == 0 and len(found) >= 3
     judged = found.assign(prdtypecode=found.productid.map(truth), source='anna')
-    (tmp_path/'raw').mkdir(); judged.to_csv(tmp_path/'raw'/'corrections.csv', index=False)
+    (tmp_path/'raw').mkdir(); judged.to_excel(tmp_path/'raw'/'corrections.xlsx', index=False, engine='xlsxwriter')
     data = ingest(tmp_path/'raw', tmp_path/'data', progress=False)
     labels = data.index.set_index('productid').prdtypecode
     assert data.quarantine.empty and (labels[found.productid] == truth[found.productid]).all()

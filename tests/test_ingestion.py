@@ -241,7 +241,8 @@ def test_f38_a_whole_file_in_cp1252(copy, tmp_path):
     path.write_bytes(text)
     data = ingest(copy, tmp_path/'data', progress=False)
     assert data.manifest['delivery']['tables'][path.name] == 'Windows-1252, commas between fields'
-    assert data.products.designation.tolist() == pd.read_csv(path, encoding='cp1252', keep_default_na=False).designation.tolist()
+    want = pd.read_csv(path, encoding='cp1252', keep_default_na=False).designation.tolist()
+    assert data.products.designation.tolist() == want
 
 
 @pytest.mark.parametrize(('content', 'why'), [

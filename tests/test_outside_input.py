@@ -346,7 +346,8 @@ def test_f72_a_lone_carriage_return_stays_in_its_record(tmp_path):
     back = [f for _,f,why in open_table(tmp_path/'x.csv', []).all_records() if not why]
     assert back == [['', 'designation'], *([str(i), t] for i,t in enumerate(titles))]
     write_csv(pd.DataFrame(dict(id=range(7), title=titles)), tmp_path/'y.csv')
-    assert [f[0] for _,f,why in open_table(tmp_path/'y.csv', []).all_records() if not why] == ['id', *map(str, range(7))]
+    back = open_table(tmp_path/'y.csv', []).all_records()
+    assert [f[0] for _,f,why in back if not why] == ['id', *map(str, range(7))]
 
 
 # -- 76: a version is what its name says -------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ __all__ = ['DataBusyError', 'read_delivery', 'link_parts', 'write_quarantine', '
            'clean_up', 'ingest_alone', 'read_settings', 'write_settings', 'ingest']
 
 # %% ../../nbs/lib/data/10_ingestion.ipynb #42bc57f8
-import hashlib, json, os, shutil, tempfile
+import hashlib, json, os, shutil, sqlite3, tempfile
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 import pandas as pd
@@ -111,7 +111,9 @@ def merge_delivery(
     fixes = read_corrections(delivery, index.productid, set(given) or {*names, *index.code}, given or names, log)
     rejected = data_dir/'rejected'/'quarantine.parquet'
     write_quarantine(log, stage/'quarantine.parquet', rejected, options['max_quarantine'])
-    if not len(index): raise RawDataError(f'{delivery.folder}: no listing was accepted')
+    if not len(index):
+        why = ', '.join(f'{n:,} {r}' for r,n in log.quarantine.reason.value_counts().items()) or 'it holds none'
+        raise RawDataError(f'{delivery.folder}: no listing was accepted ({why}); every refused record is in {rejected}')
     if parent: fixes = pd.concat([pd.read_parquet(parent.folder/'corrections.parquet'), fixes])
     fixes = fixes.drop_duplicates().sort_values(list(CORRECTIONS), ignore_index=True).astype(CORRECTIONS)
     index['prdtypecode'] = correct(index, fixes)
@@ -171,6 +173,8 @@ def ingest_alone(
 ):
     "Merge a delivery, unless it is part of the dataset; raises `RawDataError`."
     clean_up(data_dir)
+    if not (data_dir/'CURRENT').exists() and any(data_dir.glob('versions/*')):
+        raise ValueError(f'{data_dir} has versions but no CURRENT; rakuten-mm data repair {data_dir} puts it right')
     snapshot,parent = options['snapshot'], Dataset.open(data_dir) if (data_dir/'CURRENT').exists() else None
     cache = FeatureCache(data_dir/'cache'/'facts.sqlite')
     receipt = make_receipt(delivery, snapshot=snapshot, features=FEATURES_VERSION)
@@ -211,7 +215,7 @@ def ingest(
     wait_s:float = 600, # Longest wait for a fetch into `raw_dir`
     columns:dict[str, str]|None = None, # The files' names of our columns, from `read_columns`; kept for later
 )->Dataset: # The current version afterwards
-    "Merge a delivery into the dataset; raises `RawDataError`, `FetchError` if it is incomplete, or `DataBusyError`."
+    "Merge a delivery into the dataset; raises `RawDataError`, `FetchError` (incomplete), `DataBusyError` or `OSError`."
     data_dir = Path(data_dir).resolve()
     options = dict(seed=seed, snapshot=snapshot, max_quarantine=max_quarantine, progress=progress)
     with complete_delivery(raw_dir, wait_s):
@@ -224,6 +228,9 @@ def ingest(
         except Timeout:
             raise DataBusyError(f'another ingestion is writing to {data_dir}; try again when it is done') from None
         with lock:
-            ingest_alone(delivery, data_dir, options)
+            try: ingest_alone(delivery, data_dir, options)
+            except sqlite3.DatabaseError as e:
+                cache = data_dir/'cache'/'facts.sqlite'
+                raise OSError(f'{cache} is damaged ({e}); remove it, it is made anew') from e
             if delivery.columns != known: write_settings(data_dir, columns=dict(delivery.columns))
     return Dataset.open(data_dir)

@@ -24,12 +24,14 @@ from .schema import MAX_NUMBER, QUARANTINE, REASONS, COLUMNS, find_columns, find
 from .schema import correction_schema, image_schema, label_schema, listing_schema, once
 from .schema import read_chunks, validate, with_codes
 from .tables import RawDataError, Table, open_table
+from ..sources.fetch import left_packed
 
 # %% ../../nbs/lib/data/08_parsing.ipynb #2e81a00e
 @dataclass(frozen=True)
 class Delivery:
     "The files of a delivery, and how its columns are named."
-    folder:Path
+    raw_dir:Path
+    folder:Path # With the tables: `raw_dir`, or one in it
     x:Path|None # Listings
     y:Path|None # Labels; None if they stand beside the listings
     classes:Path|None # Names of the codes in use
@@ -41,7 +43,7 @@ class Delivery:
     def tables(self)->list[Path]: return [p for p in (self.x, self.y, self.classes, self.corrections) if p]
 
     @property
-    def image_roots(self)->list[Path]: return [self.images_dir, self.folder]
+    def image_roots(self)->list[Path]: return list(dict.fromkeys([self.images_dir, self.folder, self.raw_dir]))
 
 def find_folder(raw_dir:Path)->Path:
     "The folder that holds the tables: `raw_dir`, or one in it; raises `RawDataError`."
@@ -52,19 +54,26 @@ def find_folder(raw_dir:Path)->Path:
     if len(inner) == 1: return inner[0]
     if inner:
         raise RawDataError(f"{raw_dir}: several folders hold tables: {', '.join(map(str, inner[:5]))}; name one")
-    here = ', '.join(sorted(p.name for p in raw_dir.iterdir())[:9]) or 'nothing'
-    raise RawDataError(f'{raw_dir}: expected one X_train table with the listings, or corrections; found {here}')
+    names = sorted(p.name for p in raw_dir.iterdir())
+    packed = f"; still packed: {', '.join(left_packed(names)[:5])}" if left_packed(names) else ''
+    raise RawDataError(f"{raw_dir}: expected one X_train table with the listings, or corrections; "
+                       f"found {', '.join(names[:9]) or 'nothing'}{packed}")
 
 def holds_delivery(raw_dir:str|Path)->bool:
     "True if there is a table in the folder, or in a lone folder of it."
     try: return bool(find_folder(Path(raw_dir)))
     except RawDataError: return False
 
-def find_listings(folder:Path)->Path|None:
-    "The table of the listings: X_train, or the only one that is nothing else; raises `RawDataError`."
+def find_listings(
+    folder:Path,
+    title:str, # The files' name of the column designation
+    needed:bool, # False: corrections may come alone
+)->Path|None:
+    "The table of the listings: X_train, or the only other one (with titles); raises `RawDataError`."
     if x := find_one(folder, 'X_train'): return x
     known = ('x_', 'y_', 'classes', 'corrections', 'truth', 'readme', 'lisez')
     other = [p for p in find_tables(folder) if not p.name.lower().startswith(known)]
+    if not needed: other = [p for p in other if open_table(p, [title]).find(title) is not None]
     if len(other) > 1:
         raise RawDataError(f"{folder}: expected one X_train table, found {', '.join(p.name for p in other)}; "
                            'rename the listings to X_train.csv, or leave one table')
@@ -75,14 +84,17 @@ def find_delivery(
     columns:Mapping[str, str]|None = None, # From `read_columns`
 )->Delivery:
     "The delivery in `raw_dir`; raises `RawDataError` if there is none."
-    folder = find_folder(Path(raw_dir).resolve())
+    raw_dir = Path(raw_dir).resolve()
+    folder = find_folder(raw_dir)
     named = lambda start: find_one(folder, f'{start}.')
-    corrections,x,y = named('corrections'), find_listings(folder), find_one(folder, 'Y_train')
+    corrections,y = named('corrections'), find_one(folder, 'Y_train')
+    x = find_listings(folder, (columns or {}).get('designation', 'designation'), not corrections)
     if not x and (y or not corrections):
         raise RawDataError(f"{folder}: expected one X_train table with the listings, "
                            f"found {', '.join(p.name for p in find_tables(folder))}")
-    images = next((p for p in (folder/'images'/'image_train', folder/'images') if p.is_dir()), folder)
-    delivery = Delivery(folder, x, y, named('classes'), corrections, images, columns or {})
+    homes = [home/name for home in (folder, raw_dir) for name in ('images/image_train', 'images')]
+    images = next((p for p in homes if p.is_dir()), folder)
+    delivery = Delivery(raw_dir, folder, x, y, named('classes'), corrections, images, columns or {})
     for p in delivery.tables:
         try: check_regular(p)
         except OSError as e: raise RawDataError(f'{p}: {e}; put the table itself there') from None
@@ -305,7 +317,7 @@ def with_features(
 def looked_for(path:str)->str:
     "A missing picture, for a person."
     url = path.startswith(('http://', 'https://'))
-    return f'{path}: rakuten-mm fetch-images brings it' if url else '/'.join(Path(path).parts[-3:])
+    return f'{path}: run rakuten-mm fetch-images on the delivery' if url else '/'.join(Path(path).parts[-3:])
 
 # %% ../../nbs/lib/data/08_parsing.ipynb #e59ee4e0
 CORRECTIONS = dict(productid='int64', prdtypecode='int64', source='str', time='str')

@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from cleanlab.filter import find_label_issues
 from cleanlab.rank import get_label_quality_scores
 from sklearn.metrics import average_precision_score
-from ..core.files import write_csv
+from ..core.files import replacing, write_csv, write_xlsx_pieces
 from ..data.image import InvalidImage, load_square
 
 # %% ../../nbs/lib/evaluation/05_label_audit.ipynb #45c6e0f2
@@ -94,7 +94,7 @@ def suspected_pairs(
 # %% ../../nbs/lib/evaluation/05_label_audit.ipynb #b598b49e
 def write_audit(
     found:pd.DataFrame, # From `audit_labels`
-    path:str|Path, # CSV to write
+    path:str|Path, # CSV, or a workbook (.xlsx), to write
     source:str = 'audit', # Who will have corrected: a person's name is better
     time:datetime|None = None, # When; default now. The latest correction of a product counts
     top:int|None = None, # Most suspects; default all
@@ -104,7 +104,9 @@ def write_audit(
     s = found[found.suspect].head(top)
     table = s[['productid']].assign(prdtypecode=s.suggested, source=source, time=stamp)
     table = table.join(s.drop(columns=['productid', 'suspect', 'reviewed']))
-    write_csv(table.round(dict(p_given=4, p_suggested=4, quality=4)), path, private=True)
+    shown = table.round(dict(p_given=4, p_suggested=4, quality=4))
+    if Path(path).suffix != '.xlsx': write_csv(shown, path, private=True); return table
+    with replacing(Path(path), private=True) as tmp: write_xlsx_pieces([shown], tmp)
     return table
 
 # %% ../../nbs/lib/evaluation/05_label_audit.ipynb #8a8ddab0
