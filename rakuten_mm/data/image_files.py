@@ -10,7 +10,7 @@ import os, re, unicodedata
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from .schema import TABLES, image_name
+from .schema import TABLE_ENDINGS, image_name
 from ..sources.image_urls import file_stem
 
 # %% ../../nbs/lib/data/16_image_files.ipynb #fb7c1eaf
@@ -44,7 +44,7 @@ def walk(
         for e in found:
             if e.name.startswith('.'): continue
             if e.is_dir(follow_symlinks=False): todo.append(e.path)
-            elif not e.name.lower().endswith(TABLES): yield e
+            elif not e.name.lower().endswith(TABLE_ENDINGS): yield e
 
 class ImageFolder:
     "The pictures in folders, of which the first that has one counts."

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 import numpy as np, pandas as pd
 from ..core.files import check_regular, sha256_file
-from .features import Checker, start_check
+from .features import FEATURES_VERSION, Checker, start_check
 from .feedback import served_id, text_hash
 from .image_files import ImageFolder, walk
-from .schema import MAX_NUMBER, QUARANTINE, REASONS, COLUMNS, find_columns, find_one, find_tables
+from .schema import MAX_NUMBER, QUARANTINE, REASONS, COLUMN_NAMES, find_columns, find_one, find_tables
 from .schema import correction_schema, image_schema, label_schema, listing_schema, once
 from .schema import read_chunks, validate, with_codes
 from .tables import RawDataError, Table, open_table
@@ -127,7 +127,7 @@ class IngestionLog:
 
     def open(self, path:Path, columns:Mapping[str, str])->Table:
         "A table of the delivery, noted; raises `RawDataError`."
-        table = open_table(path, [columns.get(c, c) for c in COLUMNS.values()])
+        table = open_table(path, [columns.get(c, c) for c in COLUMN_NAMES.values()])
         self.tables[path.name] = table.told
         return table
 
@@ -284,8 +284,9 @@ def refuse(rows:pd.DataFrame, file:str, reason:str, detail)->list[dict]:
 
 # %% ../../nbs/lib/data/08_parsing.ipynb #12296b56
 def row_digest(r)->int: # 64 bits, signed
-    "A number that changes when anything that was delivered for a product changes."
-    h = hashlib.blake2b(json.dumps([r.designation, r.description, r.imageid, r.code, r.image]).encode(), digest_size=8)
+    "A number that changes when anything that was delivered for a product changes, or how its text is cleaned."
+    known = [FEATURES_VERSION['text'], r.designation, r.description, r.imageid, r.code, r.image]
+    h = hashlib.blake2b(json.dumps(known).encode(), digest_size=8)
     return int.from_bytes(h.digest(), signed=True)
 
 def with_features(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OUT', 'SEEN', 'Damage', 'check_versions', 'find_twins', 'read_current', 'find_version_damage', 'Rows', 'check_places',
-           'check_labels', 'crossing', 'check_groups', 'exclude', 'find_pictures', 'check_pictures', 'cache_damage',
-           'remains', 'find_litter', 'Examined', 'examine', 'images_of', 'find_damage', 'set_aside', 'mend_files',
-           'clear_litter', 'mended_index', 'mended_version', 'mend_rows', 'repair']
+           'check_corrections', 'crossing', 'check_groups', 'exclude', 'find_pictures', 'check_pictures',
+           'cache_damage', 'remains', 'find_litter', 'Examined', 'examine', 'images_of', 'find_damage', 'set_aside',
+           'mend_files', 'clear_litter', 'mended_index', 'mended_version', 'mend_rows', 'repair']
 
 # %% ../../nbs/lib/data/17_repair.ipynb #60b4c01d
 import hashlib, json, shutil, sqlite3, tempfile
@@ -120,7 +120,7 @@ def check_places(rows:Rows, data:Dataset):
               'products that stand there twice', 'the listing that was delivered last stays')
 
 # %% ../../nbs/lib/data/17_repair.ipynb #5cb4d82a
-def check_labels(rows:Rows, data:Dataset)->pd.DataFrame: # The corrections that can stay
+def check_corrections(rows:Rows, data:Dataset)->pd.DataFrame: # The corrections that can stay
     "Put labels back to what was delivered or corrected, and take out rows whose category the version does not know."
     names = {int(c) for c in data.manifest['names']}
     fixes = pd.read_parquet(data.folder/'corrections.parquet')
@@ -251,7 +251,7 @@ def examine(
                          f"{', '.join(missing)}; ingest the deliveries again into a new folder")
     rows = Rows(data.index)
     check_places(rows, data)
-    fixes = check_labels(rows, data)
+    fixes = check_corrections(rows, data)
     found = check_pictures(rows, data, raw_dir) if pictures else {}
     check_groups(rows)
     return Examined(rows, fixes, found)
