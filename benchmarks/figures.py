@@ -32,6 +32,11 @@ TABLES = {
         ('image_speedup', 'images, over PyTorch as it comes', TIMES, ''),
         ('text_speedup', 'texts, over the same', TIMES, ''),
         ('predictor_ratio', 'whole listings, over the bare costs', SHARE, '')],
+    'batch_inference': [
+        ('rows_per_s', 'listings with pictures from file to file, a second', '{:.0f}'.format, ''),
+        ('speedup', 'the same, over the command before it kept every core at work', TIMES, '≥ 1.3'),
+        ('rss_growth', 'memory for 100,000 listings, over that for 5,000', '{:.2f} times'.format, '≤ 1.05'),
+        ('killed_then_same_bytes', 'of three killed runs, given again to the same bytes', str, '3')],
     'training': [
         ('warm_over_cold', 'training on stored vectors, over the first training', SHARE, '≤ 10 %'),
         ('delta_over_cold', 'training after 1 % new listings, over the first training', SHARE, '≤ 5 %'),
