@@ -76,7 +76,7 @@ def clone(tmp_path, monkeypatch):
     for name in ('scripts/hooks.sh', '.gitattributes', '.gitconfig', 'settings.ini', '.gitignore'):
         shutil.copy(ROOT/name, repo/name)
     (repo/'nbs').mkdir()
-    shutil.copy(ROOT/'nbs'/'lib'/'data'/'00_taxonomy.ipynb', repo/'nbs'/'a.ipynb')
+    shutil.copy(ROOT/'nbs'/'lib'/'data'/'01_taxonomy.ipynb', repo/'nbs'/'a.ipynb')
     git(repo, 'init', '--quiet', '--initial-branch=main')
     git(repo, 'add', '.')
     git(repo, 'commit', '--quiet', '--message=start')

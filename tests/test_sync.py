@@ -67,7 +67,7 @@ def test_documented_symbols(tmp_path):
     "A page shows the signatures of what its notebook exports."
     from nbdev.processors import FilterDefaults
     from nbdev.serve_drv import exec_nb
-    exec_nb(ROOT/'nbs'/'lib'/'data'/'00_taxonomy.ipynb', tmp_path/'page.ipynb', FilterDefaults)
+    exec_nb(ROOT/'nbs'/'lib'/'data'/'01_taxonomy.ipynb', tmp_path/'page.ipynb', FilterDefaults)
     cell = next(c for c in nbformat.read(tmp_path/'page.ipynb', as_version=4).cells if 'show_doc(Category)' in c.source)
     assert 'code:int, fr:str, en:str' in cell.outputs[0].data['text/markdown']
 

@@ -153,7 +153,7 @@ def fetch_images_command(raw_dir, columns, hosts, max_bytes, max_total, timeout_
 @click.argument('data_dir', type=folder)
 @click.option('--seed', default=42, help='Of the splits of a new dataset.')
 @click.option('--snapshot', is_flag=True, help='RAW_DIR is the whole catalogue: remove products that it does not hold.')
-@click.option('--columns', default='', help="The files' names of our columns, e.g. title=Libellé,code=Rayon,image=Photo; "
+@click.option('--columns', default='', help="The files' names of our columns, e.g. title=Libellé,code=Rayon; "
               'kept for later deliveries.')
 @click.option('--max-quarantine', default=.05, type=click.FloatRange(0, 1),
               help="Largest share of a file's records that may be refused.")
@@ -168,7 +168,7 @@ def ingest_command(raw_dir, data_dir, seed, snapshot, columns, max_quarantine):
     delivery = m['delivery']
     for file,told in delivery['tables'].items():
         if told != 'UTF-8, commas between fields': click.echo(f'{file}: {told}')
-    if delivery['mended']: click.echo(f"{delivery['mended']:,} products were there twice; the listing that came last stays")
+    if delivery['mended']: click.echo(f"{delivery['mended']:,} products were there twice; the last listing stays")
     refused = ', '.join(f'{n} {r}' for r,n in delivery['refused'].items())
     done = ', '.join(f'{delivery[k]:,} {k}' for k in ('added', 'changed', 'removed', 'relabelled'))
     click.echo(f"version {m['version']}: {m['rows']:,} listings; {done}"
@@ -342,7 +342,7 @@ def describe_predictions(
     problems:Path|None, # Where the problems are, if not beside them
 )->str:
     "A sentence about a finished prediction."
-    parts = [f"{n['unnamed']:,} listings name no picture"]*bool(n['unnamed'] and n['found'])
+    parts = [f"{n['rows']-n['found']-n['elsewhere']:,} without a picture"]
     told = dict(unasked='listings name a picture, and no --images was given', missing='pictures are not there',
                 invalid='pictures are damaged', empty='listings have nothing to read',
                 unreadable='lines cannot be read')

@@ -35,12 +35,13 @@ from .manifest import open_bundle
 def read_picture(
     row, # image, imageid, productid
     images:ImageFolder|None, # None: pictures are not asked for
-)->tuple[bytes|None, str, str]: # Encoded image; `found`, `missing`, `invalid`, `unasked`, or empty; the file
+)->tuple[bytes|None, str, str]: # Encoded image; `found`, `elsewhere` (in a folder below), `missing`, `invalid`, `unasked` or empty; file
     "The picture that a listing names, if it names one; and what is wrong with its file."
     if images is None: return None, 'unasked' if row.image or row.imageid else '', ''
     path = images.find(row.image, row.imageid, row.productid)
     if not path: return None, '', ''
-    try: return read_image(path), 'found', path
+    there = 'found' if row.image or Path(path).parent in images.roots else 'elsewhere'
+    try: return read_image(path), there, path
     except (FileNotFoundError, NotADirectoryError): return None, 'missing', path
     except (ValueError, OSError) as e: return None, 'invalid', f'{path}: {e}'
 
@@ -223,7 +224,7 @@ def write_problems(
     path:Path, # Removed if there are none
 )->tuple[Counter, str]: # Numbers of records and of pictures, and the first picture that was looked for in vain
     "Write the list of problems, atomically, and count what became of the records."
-    names,first = 'rows answered unreadable empty problems found missing invalid unasked unnamed', ['']
+    names,first = 'rows answered unreadable empty problems found elsewhere missing invalid unasked unnamed', ['']
     count = Counter(dict.fromkeys(names.split(), 0))
     def bad():
         for s in shards:
@@ -282,6 +283,8 @@ def predict_file(
         count,missing = write_problems(shards, problems)
         write_predictions(shards, out, format, separator, mark)
         shutil.rmtree(shards.folder)
-    if count['missing'] and not count['found']+count['invalid']:
+    if count['elsewhere']:
+        tell(f"warning: {count['elsewhere']:,} pictures were found in folders of {images}, not in it")
+    elif count['missing'] and not count['found']+count['invalid']:
         tell(f"warning: none of the {count['missing']:,} pictures was found in {images}, e.g. {missing}")
     return count
