@@ -35,7 +35,7 @@ from .manifest import open_bundle
 def read_picture(
     row, # image, imageid, productid
     images:ImageFolder|None, # None: pictures are not asked for
-)->tuple[bytes|None, str, str]: # Encoded image; `found`, `elsewhere` (in a folder below), `missing`, `invalid`, `unasked` or empty; file
+)->tuple[bytes|None, str, str]: # Encoded image; `found`, `elsewhere`, `missing`, `invalid`, `unasked` or ``; file
     "The picture that a listing names, if it names one; and what is wrong with its file."
     if images is None: return None, 'unasked' if row.image or row.imageid else '', ''
     path = images.find(row.image, row.imageid, row.productid)
