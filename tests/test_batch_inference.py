@@ -122,6 +122,9 @@ def test_f84_no_picture_found_is_said_with_a_name(ask, tmp_path):
     picture(tmp_path/'images'/'image_9_product_9.jpg')
     r = ask('--images', tmp_path/'images')
     assert 'none of' not in r.stderr and f'{SHARD:,} pictures are not there' in r.stdout
+    picture(tmp_path/'images'/'test'/'image_8_product_8.JPG')
+    r = ask('--images', tmp_path/'images')
+    assert 'warning: 1 pictures were found in folders of' in r.stderr and f'{SHARD-1:,} without a picture' in r.stdout
 
 
 def test_pictures_alone_are_enough(ask, text_model, tmp_path):

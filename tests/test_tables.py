@@ -203,6 +203,9 @@ def test_f81_columns_are_told_once(raw):
     done = run()
     assert done.exit_code == 0 and 'décembre.xlsx: workbook, sheet Données' in done.output
     check(Dataset.open(raw.parent/'data').products.set_index('productid'))
+    fix = raw.parent/'fix'; fix.mkdir()  # our own names are understood as well
+    save(fix/'corrections.csv', [['productid', 'prdtypecode', 'source', 'time'], [12, 'Livres', 'anna', '2026-11-02']])
+    assert ingest(fix, raw.parent/'data', progress=False).manifest['delivery']['relabelled'] == 1
 
 
 def test_f81_long_fields(tmp_path):

@@ -66,14 +66,15 @@ def holds_delivery(raw_dir:str|Path)->bool:
 
 def find_listings(
     folder:Path,
-    title:str, # The files' name of the column designation
+    columns:Mapping[str, str], # From `read_columns`
     needed:bool, # False: corrections may come alone
 )->Path|None:
     "The table of the listings: X_train, or the only other one (with titles); raises `RawDataError`."
     if x := find_one(folder, 'X_train'): return x
     known = ('x_', 'y_', 'classes', 'corrections', 'truth', 'readme', 'lisez')
     other = [p for p in find_tables(folder) if not p.name.lower().startswith(known)]
-    if not needed: other = [p for p in other if open_table(p, [title]).find(title) is not None]
+    titled = lambda p: find_columns(open_table(p, ['designation', *columns.values()]), [], ['designation'], columns)
+    if not needed: other = [p for p in other if titled(p)]
     if len(other) > 1:
         raise RawDataError(f"{folder}: expected one X_train table, found {', '.join(p.name for p in other)}; "
                            'rename the listings to X_train.csv, or leave one table')
@@ -88,7 +89,7 @@ def find_delivery(
     folder = find_folder(raw_dir)
     named = lambda start: find_one(folder, f'{start}.')
     corrections,y = named('corrections'), find_one(folder, 'Y_train')
-    x = find_listings(folder, (columns or {}).get('designation', 'designation'), not corrections)
+    x = find_listings(folder, columns or {}, not corrections)
     if not x and (y or not corrections):
         raise RawDataError(f"{folder}: expected one X_train table with the listings, "
                            f"found {', '.join(p.name for p in find_tables(folder))}")
@@ -127,7 +128,7 @@ class IngestionLog:
 
     def open(self, path:Path, columns:Mapping[str, str])->Table:
         "A table of the delivery, noted; raises `RawDataError`."
-        table = open_table(path, [columns.get(c, c) for c in COLUMN_NAMES.values()])
+        table = open_table(path, [*COLUMN_NAMES.values(), *columns.values()])
         self.tables[path.name] = table.told
         return table
 
@@ -228,7 +229,7 @@ def open_listings(
     assert delivery.x
     table = log.open(delivery.x, delivery.columns)
     need = ['id', 'designation'] if delivery.y else ['designation', 'prdtypecode']
-    if not delivery.y and table.find(delivery.columns.get('prdtypecode', 'prdtypecode')) is None:
+    if not delivery.y and 'prdtypecode' not in find_columns(table, [], ['prdtypecode'], delivery.columns):
         raise RawDataError(f'{delivery.folder}: expected one Y_train table with the labels, '
                            f'or a column prdtypecode in {table.path.name}; '
                            f"found the tables {', '.join(p.name for p in find_tables(delivery.folder))}, "

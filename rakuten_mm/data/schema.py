@@ -59,12 +59,12 @@ def find_columns(
     names:Mapping[str, str], # From `read_columns`
 )->dict[str, int]: # Positions by our name
     "Positions of columns; raises `RawDataError` if one is missing, or is there twice."
-    wanted = [c for c in [*required, *optional] if c != 'id']
-    at = {c: table.find(names.get(c, c)) for c in wanted}
-    if 'id' in [*required, *optional]:
-        others = {plain(names.get(c, c)) for c in COLUMN_NAMES.values() if c != 'id'}
-        first = 0 if plain(table.header[0]) not in others else table.find('id')
-        at['id'] = table.find(names['id']) if 'id' in names else first
+    theirs = lambda c: table.find(names[c]) if c in names else None
+    place = lambda c: i if (i := theirs(c)) is not None else table.find(c)
+    at = {c: place(c) for c in [*required, *optional] if c != 'id'}
+    if 'id' in [*required, *optional] and (at := at | dict(id=theirs('id')))['id'] is None:
+        others = {plain(n) for c in COLUMN_NAMES.values() for n in (c, names.get(c, c)) if c != 'id'}
+        at['id'] = 0 if plain(table.header[0]) not in others else table.find('id')
     missing = [names.get(c, c) for c in required if at.get(c) is None]
     found = f"found {', '.join(map(repr, table.header[:20]))} ({table.told})"
     if missing == ['id']:
@@ -102,7 +102,7 @@ def read_chunks(
 )->Iterator[tuple[pd.DataFrame, list[dict]]]: # Columns line, columns, optional; refused records as rows of `QUARANTINE`
     "The records of `path` in pieces; raises `RawDataError` if it is no table, or a column is missing."
     names,wanted = names or {}, [*columns, *optional]
-    table = path if isinstance(path, Table) else open_table(path, [names.get(c, c) for c in wanted])
+    table = path if isinstance(path, Table) else open_table(path, [*wanted, *names.values()])
     at = find_columns(table, columns, list(optional), names)
     good:list[tuple] = []
     bad:list[dict] = []
@@ -207,7 +207,7 @@ def read_products(
 )->Iterator[pd.DataFrame]: # line, id, designation, description, productid, imageid (0: none), image, problem, detail
     "Every record of `path`, in its order; raises `RawDataError` if it is no table, or has neither titles nor images."
     names,texts = names or {}, ['id', 'designation', 'description', 'productid', 'imageid', 'image']
-    table = open_table(path, [names.get(c, c) for c in texts])
+    table = open_table(path, [*texts, *names.values()])
     at = find_columns(table, [], texts, names)
     if not {'designation', 'image', 'imageid'} & set(at): find_columns(table, ['designation'], [], names)
     columns = ['line', *texts, 'problem', 'detail']

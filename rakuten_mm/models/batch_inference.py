@@ -249,7 +249,7 @@ def output_format(out:Path, format:str, separator:str, mark:bool)->str: # One of
 
 def count_listings(products:Path, columns:Mapping[str, str])->int:
     "Records of a table; says how it is written if not as usual, and raises `RawDataError` if it is none, or empty."
-    table = open_table(products, [columns.get(c, c) for c in ('id', *X_COLUMNS, 'image')])
+    table = open_table(products, ['id', *X_COLUMNS, 'image', *columns.values()])
     if table.told not in ('UTF-8, commas between fields', 'Parquet'): tell(f'{products}: {table.told}')
     if n := sum(1 for _ in table.records()): return n
     raise RawDataError(f"{products}: no listings below the header {', '.join(table.header)}")
