@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from rakuten_mm.core.config import preset
+from rakuten_mm.core.config import preset, single_modality
 from rakuten_mm.data.dataset import Dataset
 from rakuten_mm.data.feedback import Correction, served_id, text_hash, write_delivery
 from rakuten_mm.data.ingestion import ingest
@@ -109,7 +109,8 @@ def test_f80_training_and_serving(large, tmp_path):
     "From the dataset to a bundle, an answer, its explanation and its correction."
     from rakuten_mm.training.export import export, fit
     data,codes = large
-    bundle = export(fit(data, preset('smoke'), tmp_path/'run', progress=False), data, tmp_path/'run')
+    cfg = single_modality(preset('smoke'), 'text')
+    bundle = export(fit(data, cfg, tmp_path/'run', progress=False), data, tmp_path/'run')
     model = Predictor.load(bundle)
     assert {*model.codes} <= codes and {*model.names} == codes
     assert np.array(model.codes, 'float64').astype('int64').tolist() == [*model.codes], 'exact in JavaScript'
