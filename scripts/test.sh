@@ -27,5 +27,5 @@ say "lint and types"
 ruff check .
 python -m mypy
 say "tests"
-# Much of a test is one core waiting for another process, so two files are tested at a time; fixtures belong to files.
-python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder "$@"
+# Much of a test is one core waiting for another process, so three files are tested at a time; fixtures belong to files.
+python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder "$@"

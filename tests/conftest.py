@@ -38,7 +38,11 @@ def pytest_addoption(parser):
                      help='Also run what starts the whole system or real pipeline runs, minutes each.')
 
 
+LONG = 'test_server_life', 'test_pipelines', 'test_retraining' # Files that would keep one process busy after the others
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.stem not in LONG)  # long ones first; each file in its own order
     if config.getoption('--system'): return
     skip = pytest.mark.skip(reason='takes minutes; scripts/test.sh --system runs it')
     for item in items:
