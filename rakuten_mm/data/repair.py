@@ -20,7 +20,7 @@ from ..core.files import check_regular, sha256_file, write_atomic
 from .dataset import Dataset, check_version, image_damage, publish, read_parts, single_products
 from .image import MAX_BYTES
 from .image_files import walk
-from .ingestion import DataBusyError, link_parts
+from .ingestion import DataBusyError, link_parts, read_settings
 from .merging import INDEX, assign_splits, correct, describe_version, fingerprints_of, mark_placeholders
 from .near_duplicates import duplicate_groups
 from .parsing import IngestionLog
@@ -225,7 +225,7 @@ def find_litter(data_dir:Path)->list[Damage]:
         out.append(Damage(f'{cache}: {why}', 'it is removed; what it held is found out again'))
     if left := remains(data_dir):
         out.append(Damage(f'{len(left)} remains of killed ingestions, the first is {left[0]}', 'they are removed'))
-    try: known = json.loads(settings.read_text(encoding='utf-8')) if settings.exists() else {}
+    try: known = read_settings(data_dir)
     except ValueError: known = None
     if not isinstance(known, dict):
         out.append(Damage(f'{settings} is damaged', f'it is moved to {data_dir}/damaged; give --columns again'))
