@@ -46,6 +46,7 @@ def walk(
             if e.is_dir(follow_symlinks=False): todo.append(e.path)
             elif not e.name.lower().endswith(TABLE_ENDINGS): yield e
 
+# %% ../../nbs/lib/data/05_image_files.ipynb #e15f9b5e
 class ImageFolder:
     "The pictures in folders, of which the first that has one counts."
     def __init__(self, *roots:str|Path): self.roots = [Path(r) for r in roots]

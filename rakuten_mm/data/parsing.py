@@ -45,6 +45,7 @@ class Delivery:
     @property
     def image_roots(self)->list[Path]: return list(dict.fromkeys([self.images_dir, self.folder, self.raw_dir]))
 
+# %% ../../nbs/lib/data/11_parsing.ipynb #4f347fe6
 def find_folder(raw_dir:Path)->Path:
     "The folder that holds the tables: `raw_dir`, or one in it; raises `RawDataError`."
     if not raw_dir.is_dir(): raise RawDataError(f'{raw_dir}: no such folder')
@@ -64,6 +65,7 @@ def holds_delivery(raw_dir:str|Path)->bool:
     try: return bool(find_folder(Path(raw_dir)))
     except RawDataError: return False
 
+# %% ../../nbs/lib/data/11_parsing.ipynb #ded00950
 def find_listings(
     folder:Path,
     columns:Mapping[str, str], # From `read_columns`
@@ -80,6 +82,7 @@ def find_listings(
                            'rename the listings to X_train.csv, or leave one table')
     return other[0] if other else None
 
+# %% ../../nbs/lib/data/11_parsing.ipynb #a20f3d94
 def find_delivery(
     raw_dir:str|Path,
     columns:Mapping[str, str]|None = None, # From `read_columns`
@@ -219,6 +222,7 @@ def is_served(
     image = sha256_file(r.path) if r.path and Path(r.path).is_file() else ''
     return r.productid == served_id((text_hash(r.designation, r.description), image))
 
+# %% ../../nbs/lib/data/11_parsing.ipynb #9a86a141
 LISTING = ['id', 'designation', 'description', 'productid', 'imageid', 'image', 'prdtypecode']
 
 def open_listings(
@@ -240,6 +244,7 @@ def open_listings(
         if not {*choice} & {*has}: find_columns(table, [choice[0]], [], delivery.columns)
     return table, has
 
+# %% ../../nbs/lib/data/11_parsing.ipynb #7c0e77c2
 def complete_rows(
     df:pd.DataFrame, # A piece of the listings
     has:list[str], # Columns of the file
@@ -249,6 +254,7 @@ def complete_rows(
     if 'productid' not in has: df = df.assign(productid=df.id)
     return df.assign(imageid=df.imageid.mask((df.imageid == '') & ((df.image != '') | ('imageid' not in has)), '0'))
 
+# %% ../../nbs/lib/data/11_parsing.ipynb #1c23c43e
 def read_listings_of(
     delivery:Delivery,
     labels:pd.DataFrame|None, # From `read_labels`; None if they stand beside the listings

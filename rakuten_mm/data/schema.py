@@ -220,6 +220,7 @@ def read_products(
         if len(rows) >= size: yield with_image_ids(pd.DataFrame(rows, columns=columns)); rows = []
     if rows: yield with_image_ids(pd.DataFrame(rows, columns=columns))
 
+# %% ../../nbs/lib/data/03_schema.ipynb #24608575
 def with_image_ids(
     df:pd.DataFrame # Texts
 )->pd.DataFrame:

@@ -132,6 +132,7 @@ def cell_text(
     if isinstance(v, float) and v.is_integer() and abs(v) < 2**53: return str(int(v))
     return v.isoformat() if isinstance(v, (date, datetime)) else str(v)
 
+# %% ../../nbs/lib/data/00_tables.ipynb #ae3221b4
 MAX_WORKBOOK = 2_000_000_000 # bytes that it may have unpacked; a sheet of a million rows has some hundred millions
 
 def open_workbook(path:Path)->CalamineWorkbook:
@@ -153,6 +154,7 @@ def workbook_records(
         fields = [cell_text(v) for v in row]
         if any(map(str.strip, fields)): yield n, fields, ''
 
+# %% ../../nbs/lib/data/00_tables.ipynb #245a8349
 def parquet_records(path:Path)->Iterator[tuple[int, list[str], str]]: # Record (from 0, the header), fields, empty
     "The records of a Parquet file, its column names first; raises `RawDataError` if it cannot be read."
     try:
@@ -231,6 +233,7 @@ def with_header(
         if hits == len(wanted): break
     return best
 
+# %% ../../nbs/lib/data/00_tables.ipynb #96c052c2
 def open_table(
     path:str|Path,
     columns:list[str], # Names that the header may have
