@@ -103,6 +103,9 @@ def test_compose_follows_the_published_schema():
     schema = json.loads((vendor/'compose-spec.json').read_text())
     valid,raw = jsonschema.validators.validator_for(schema)(schema), yaml.safe_load(COMPOSE.read_text())
     assert 'Compose' in schema['title'] and not [e.message for e in valid.iter_errors(raw)]
+    cards = yaml.safe_load((DEPLOY/'compose.gpu.yaml').read_text())
+    assert not [e.message for e in valid.iter_errors(cards)] and cards['services'].keys() <= raw['services'].keys()
+    assert raw['services']['scheduler']['shm_size'] == '2g', 'decoded pictures do not fit into the 64 MB of Docker'
     raw['services']['api']['helthcheck'] = {}
     assert list(valid.iter_errors(raw))
 

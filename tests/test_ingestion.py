@@ -314,7 +314,7 @@ def test_f39_an_image_lost_later(raw, tmp_path):
     lost = df.image.eq(df.image.iloc[0]).to_numpy()
     assert (dm.splits['train'].has_image == ~lost).all()
     moving = replace(cfg, encoders=replace(cfg.encoders, train_image=True), network=replace(cfg.network, members=1))
-    pixels = ProductDataset(df, make(moving), codes, data.images_dir, tmp_path/'store', progress=False)
+    pixels = ProductDataset(df, make(moving), codes, data.images_dir, tmp_path/'store', progress=False, training=True)
     with pytest.warns(UserWarning, match='cannot be read any more'): batch = pixels[[0, int(np.flatnonzero(~lost)[0])]]
     assert batch['has_image'].tolist() == [False, True]
 

@@ -294,19 +294,25 @@ def tune_command(data_dir, out, name, config, trials, timeout_s, metric, seed, t
 @click.option('--track/--no-track', default=True,
               help='Log to MLflow, register, and promote if better than the champion.')
 def train_command(data_dir, out, name, config, init, seed, references, split, track):
-    "Train on the dataset in DATA_DIR, and evaluate on its test split."
+    """Train on the dataset in DATA_DIR, and evaluate on its test split.
+
+    Several GPUs of this machine are used if the configuration asks for them; on several machines, start it on each by
+    torchrun, with folders that all of them share."""
     from contextlib import nullcontext
     from rakuten_mm.core import tracking
-    from rakuten_mm.core.config import preset, read_config
+    from rakuten_mm.core.config import train_config
     from rakuten_mm.data.dataset import Dataset
     from rakuten_mm.evaluation.scores import evaluate
     from rakuten_mm.registry import promotion
     from rakuten_mm.registry.versions import register_bundle
     from rakuten_mm.training import export as training
-    data,cfg = Dataset.open(data_dir, split=split), read_config(config) if config else preset(name)
+    from rakuten_mm.training.devices import is_first
+    data,cfg,track = Dataset.open(data_dir, split=split), train_config(name, config or ''), track and is_first()
     with tracking.tracked_run(name=f'train {config.stem if config else name}') if track else nullcontext('') as run:
-        bundle = training.export(training.fit(data, cfg, out, seed, run, init=init or ''), data, out, seed)
+        fitted = training.fit(data, cfg, out, seed, run, init=init or '')
+        bundle = training.export(fitted, data, out, seed) if fitted else None
         refs = training.fit_references(data, cfg, out/'references', seed, run) if references else {}
+        if not is_first(): return
         table = evaluate(bundle, data, refs)
         click.echo(table.round(4).to_string())
         click.echo(f"on the test rows of the {split} split of data {data.manifest['version']}; bundle in {bundle}")

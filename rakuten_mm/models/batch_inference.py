@@ -187,7 +187,7 @@ def fill(
     pieces:Iterable[pd.DataFrame], shards:Shards, size:int, bar:tqdm, # As in `batches_of`
 ):
     "Answer what is not finished yet, and keep it; warn if no picture of a whole shard was found."
-    model,place = Predictor.load(bundle, threads=1), ImageFolder(images) if images else None
+    model,place = Predictor.load(bundle, threads=1, light=True), ImageFolder(images) if images else None
     jobs,lines,warned = batches_of(pieces, shards, size, bar), [], False
     with single_threaded():
         for (k,last,rows),answers in in_order(lambda job: answer_rows(model, place, job[2]), jobs, n_threads()):

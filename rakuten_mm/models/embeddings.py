@@ -30,6 +30,8 @@ class EmbeddingStore:
 
     def __len__(self): return len(self.rows)
 
+    def __reduce__(self): return EmbeddingStore, (self.folder.parent, self.folder.name)  # its files go by name
+
 # %% ../../nbs/lib/models/04_embeddings.ipynb #9d8ce180
 @patch
 def open(self:EmbeddingStore,

@@ -28,9 +28,9 @@ class TextReader:
         ngrams, # (N, V) TF-IDF weights, if `net` reads n-grams
         store_dir:Path,
         progress:bool,
+        moving:bool, # The text encoder is being trained
     ):
         self.ngrams = ngrams
-        moving = net.cfg.encoders.train_text
         self.tokens = net.text.tokenize(titles, descriptions) if moving else None
         self.store = self.keys = None
         if net.text is not None and not moving:
@@ -65,22 +65,22 @@ class ProductDataset(torch.utils.data.Dataset):
         store_dir:str|Path, # Where vectors are kept
         encode:PixelEncoder|None = None, # Runtime of the image encoder; PyTorch if left out
         progress:bool = True,
+        training:bool = False, # Read tokens and pixels for the encoders that are fine-tuned
     ):
         self.net,self.images_dir = net,Path(images_dir)
+        text_moves,image_moves = (training and m for m in (net.cfg.encoders.train_text, net.cfg.encoders.train_image))
         self.names,titles,texts = (rows[c].tolist() for c in ('image', 'title', 'text'))
         self.has_description = np.array([d != '' for d in texts], bool)
         has_text = self.has_description | np.array([t != '' for t in titles], bool)
         self.has_text = has_text & ('text' in net.cfg.modalities)
         self.has_image = np.array([n != '' for n in self.names], bool) & bool(net.image)
         weights = net.ngrams.matrices(titles, texts) if net.ngrams and self.has_text.any() else (None, None)
-        self.full = TextReader(net, titles, texts, weights[0], store_dir, progress) if self.has_text.any() else None
-        self.short = self.full
-        if self.full and self.has_description.any():
-            self.short = TextReader(net, titles, ['']*len(titles), weights[1], store_dir, progress)
+        read = lambda texts,w: TextReader(net, titles, texts, w, store_dir, progress, text_moves)
+        self.full = self.short = read(texts, weights[0]) if self.has_text.any() else None
+        if self.full and self.has_description.any(): self.short = read(['']*len(titles), weights[1])
         scored = self.full and net.linear
         self.linear = [net.linear.score(r.ngrams) if scored else None for r in (self.full, self.short)]
-        frozen = net.image and not net.cfg.encoders.train_image
-        self.images = self.open_images(encode, store_dir, progress) if frozen else None
+        self.images = self.open_images(encode, store_dir, progress) if net.image and not image_moves else None
         index = {c: i for i,c in enumerate(codes)}
         known = rows.prdtypecode if 'prdtypecode' in rows else [-1]*len(rows)
         self.targets = np.array([index.get(c, -1) for c in known], int)

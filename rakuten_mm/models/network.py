@@ -213,7 +213,9 @@ def text_encoder(
     if e.text == 'use': return StaticEncoder(e)
     if not e.text.startswith('hf:'):
         raise ValueError(f'unknown text encoder {e.text!r}; use `use` or hf:<folder or hub id>')
-    return hf_encoder(e.text.removeprefix('hf:'), e).requires_grad_(e.train_text)
+    out = hf_encoder(e.text.removeprefix('hf:'), e).requires_grad_(e.train_text)
+    if e.checkpointing and e.train_text: out.model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    return out
 
 def build_network(
     cfg:TrainConfig,
@@ -231,8 +233,9 @@ def build_network(
     if e.image and not e.image.startswith('timm:'):
         raise ValueError(f'unknown image encoder {e.image!r}; use timm:<name or folder>')
     ngrams = NgramEncoder.fit(titles, descriptions, e).requires_grad_(False) if e.ngrams else None
-    text,image = text_encoder(e), image_encoder(e.image, e.image_levels) if e.image else None
+    text,image = text_encoder(e), image_encoder(e.image, e.image_levels, e.image_size) if e.image else None
     if image: image.requires_grad_(e.train_image)
+    if image and e.checkpointing and e.train_image: image.model.set_grad_checkpointing()
     return MultimodalNet(ngrams, text, image, n_classes, cfg)
 
 # %% ../../nbs/lib/models/08_network.ipynb #ad0b7a12

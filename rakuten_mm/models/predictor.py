@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from tqdm import tqdm
+from ..core.environment import inference_device
 from .bundle import load_bundle
+from .encoders import HFEncoder
 from .manifest import write_manifest
 from .inputs import ProductDataset, blank
 from ..data.image import load_pixels, open_image, to_square
@@ -61,16 +63,27 @@ class Predictor:
     def load(cls,
         bundle:str|Path, # Folder
         threads:int = 0, # Of one call of an encoder; 0 asks for every core this process may use
+        light:bool = False, # Only to answer single listings: what `probs_of` needs beyond that is left out
     )->'Predictor':
-        "The predictor of a bundle; raises `BundleError`."
-        net,config = load_bundle(bundle, threads)
+        "The predictor of a bundle, on `inference_device`; raises `BundleError`, or `ValueError` if that is not there."
+        net,config = load_bundle(bundle, threads, light and inference_device() == 'cpu')
         path,graphs = Path(bundle, 'triage.json'), {n: Path(bundle, f'{n}.onnx') for n in ('image', 'text')}
         model = cls(net, config, Triage.from_dict(json.loads(path.read_text())) if path.exists() else None)
+        if (device := inference_device()) != 'cpu': model.place(device); return model
         if graphs['image'].exists():
             run = OnnxRuntime.from_bytes(graphs['image'].read_bytes(), threads)
             model.encode = PixelEncoder(run, config['info']['runtime']['image'])
         if graphs['text'].exists(): net.text.run = OnnxRuntime.from_bytes(graphs['text'].read_bytes(), threads)
         return model
+
+    def place(self,
+        device:str # `cuda` or `mps`
+    ):
+        "Let the encoders run in PyTorch on a device; raises `ValueError` if there is none."
+        if not getattr(torch, device).is_available():
+            raise ValueError(f'RAKUTEN_MM_DEVICE is {device}, and PyTorch finds none on this machine')
+        if self.net.image: self.encode = PixelEncoder(TorchRuntime(self.net.image, device=device), f'eager-{device}')
+        if isinstance(self.net.text, HFEncoder): self.net.text.run = TorchRuntime(self.net.text, device=device)
 
     if TYPE_CHECKING:  # the methods below are patched in, which type checkers do not see
         def __getattr__(self, name:str)->Any: ...

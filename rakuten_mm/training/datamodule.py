@@ -54,10 +54,10 @@ def training_rows(products:pd.DataFrame, hold_out:bool)->pd.DataFrame:
 
 # %% ../../nbs/lib/training/00_datamodule.ipynb #2cc4d9fb
 class EpochSampler(Sampler):
-    "Batches of positions in an order of the epoch's own; Lightning calls `set_epoch`."
+    "Positions of this process's share of each batch, in an order of the epoch's own; Lightning calls `set_epoch`."
     def __init__(self,
         n:int, # Listings
-        batch_size:int,
+        batch_size:int, # Of all processes together; they divide it
         seed:int = 42,
         rank:int = 0, # Of this process
         world:int = 1, # Processes
@@ -66,12 +66,13 @@ class EpochSampler(Sampler):
 
     def set_epoch(self, epoch:int): self.epoch = epoch
 
-    def __len__(self): return -(-self.n//(self.batch_size*self.world))
+    def __len__(self): return -(-self.n//self.batch_size)
 
     def __iter__(self):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
-        if self.world > 1: order = np.resize(order, len(self)*self.world*self.batch_size)  # all take as many steps
-        for i in range(len(self)): yield order[(i*self.world+self.rank)*self.batch_size:][:self.batch_size]
+        short = -self.n%self.world  # the last batch is shared out evenly too
+        order = np.concatenate([order, np.resize(order, short)]) if short else order
+        for i in range(0, len(order), self.batch_size): yield order[i:i+self.batch_size][self.rank::self.world]
 
 # %% ../../nbs/lib/training/00_datamodule.ipynb #b1a2f761
 class ProductDataModule(pl.LightningDataModule):
@@ -93,6 +94,19 @@ class ProductDataModule(pl.LightningDataModule):
         self.cfg,self.splits,self.hold_out,self.folds = net.cfg,{},hold_out,folds
 
     @property
+    def val_rows(self)->pd.DataFrame:
+        "The validation listings."
+        return self.data.products[self.data.products.split == 'val']
+
+    def read(self,
+        rows:pd.DataFrame, # Of `data`
+        training:bool = False, # As in `ProductDataset`
+    )->ProductDataset:
+        "Some listings, as the network takes them."
+        return ProductDataset(rows, self.net, self.codes, self.data.images_dir, self.store_dir, self.encode,
+                              self.progress, training)
+
+    @property
     def place(self)->tuple[int, int]:
         "Number of processes, and which of them this is."
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
@@ -106,12 +120,9 @@ def setup(self:ProductDataModule,
     launcher = self.trainer.strategy.launcher if self.trainer else None
     if launcher and launcher.is_interactive_compatible: torch.set_num_threads(1)  # it forks
     if self.splits: return
-    df,net = self.data.products, self.net
-    rows = dict(train=training_rows(df, self.hold_out), val=df[df.split == 'val'])
-    read = lambda s: ProductDataset(rows[s], net, self.codes, self.data.images_dir, self.store_dir, self.encode,
-                                    self.progress)
-    train = read('train')
-    train.fold = assign_folds(rows['train'], self.cfg.network.members, self.seed, self.folds)
+    net,rows = self.net, training_rows(self.data.products, self.hold_out)
+    train = self.read(rows, training=True)
+    train.fold = assign_folds(rows, self.cfg.network.members, self.seed, self.folds)
     train.hide_description = self.cfg.network.description_dropout
     for m,has in (('text', train.has_text), ('image', train.has_image)):
         if m in self.cfg.modalities and not has.any():
@@ -120,8 +131,8 @@ def setup(self:ProductDataModule,
         full,short = train.full.ngrams, train.short.ngrams
         net.linear,train.linear = LinearExpert.cross_fit(full, train.targets, train.fold, len(self.codes), (short,))
     if self.folds is None: self.fit_scale(train)
-    val = read('val')
-    if not self.hold_out: mark_seen(train, val, (rows['train'].split == 'val').to_numpy())
+    val = self.read(self.val_rows, training=True)
+    if not self.hold_out: mark_seen(train, val, (rows.split == 'val').to_numpy())
     for ds in (train, val): ds.scale_once()
     if net.gaussian:
         vectors = {m: v[0] if m == 'text' else v for m,v in train.scaled.items()}
@@ -151,19 +162,24 @@ def fit_scale(self:ProductDataModule, train:ProductDataset, max_rows:int = 20_00
 
 # %% ../../nbs/lib/training/00_datamodule.ipynb #24e85dce
 @patch
+def loading(self:ProductDataModule)->dict:
+    "How batches are loaded; processes that load are kept from epoch to epoch, since each imports everything."
+    n = self.cfg.fit.num_workers
+    return dict(num_workers=n, persistent_workers=n > 0, pin_memory=torch.cuda.is_available())
+
+@patch
 def train_dataloader(self:ProductDataModule)->DataLoader:
     "Training batches of this process."
     world,rank = self.place
     sampler = EpochSampler(len(self.splits['train']), self.cfg.fit.batch_size, self.seed, rank, world)
     own = torch.Generator().manual_seed(self.seed)  # a loader draws a number as it starts, and not from the epoch's
-    return DataLoader(self.splits['train'], sampler=sampler, batch_size=None, num_workers=self.cfg.fit.num_workers,
-                      generator=own)
+    return DataLoader(self.splits['train'], sampler=sampler, batch_size=None, generator=own, **self.loading())
 
 @patch
 def val_dataloader(self:ProductDataModule)->DataLoader:
     "Validation batches of this process: each listing is one process's, and all have as many batches."
     (world,rank),n,f = self.place, len(self.splits['val']), self.cfg.fit
     own = np.arange(rank, n, world) if n >= world else np.arange(n)
-    size = 4*f.batch_size if self.cfg.fine_tunes else 256
+    size = 4*f.batch_size//world if self.cfg.fine_tunes else 256
     batches = np.array_split(own, -(-n//(size*world)))
-    return DataLoader(self.splits['val'], sampler=batches, batch_size=None, num_workers=f.num_workers)
+    return DataLoader(self.splits['val'], sampler=batches, batch_size=None, **self.loading())

@@ -17,6 +17,7 @@ def retraining(
     artifacts_dir:str='artifacts', # Everything is written below
     remote:str='', # rclone remote or folder to fetch into raw_dir first; empty fetches nothing
     preset:str='cpu', # Named configuration of rakuten_mm.core.config
+    config:str='', # JSON file with a configuration, used instead of the preset
     seed:int=42,
     max_quarantine:float=.05, # Largest share of a delivery's records that may be refused
     gate:dict|None=None, # Overrides of rakuten_mm.registry.gate.GateConfig
@@ -28,7 +29,8 @@ def retraining(
     if feedback['raw_dir']:
         ingest(raw_dir=feedback['raw_dir'], data_dir=data_dir, max_quarantine=1., id='ingest_corrections')
     if not check_new_data(data_dir=data_dir, artifacts_dir=artifacts_dir).load(): return
-    train_dir,version = train(data_dir=data_dir, artifacts_dir=artifacts_dir, preset=preset, seed=seed, go_on=True)
+    train_dir,version = train(data_dir=data_dir, artifacts_dir=artifacts_dir, preset=preset, seed=seed, config=config,
+                              go_on=True)
     scores = evaluate(data_dir=data_dir, artifacts_dir=artifacts_dir, train_dir=train_dir)
     promote(data_dir=data_dir, artifacts_dir=artifacts_dir, version=version, test_scores=scores, train_dir=train_dir,
             corrections=feedback['table'], gate=gate)

@@ -11,9 +11,10 @@ def training(
     data_dir:str='artifacts/quickstart/data', # Dataset, from the ingestion
     artifacts_dir:str='artifacts', # Everything is written below
     preset:str='cpu', # Named configuration of rakuten_mm.core.config
+    config:str='', # JSON file with a configuration, used instead of the preset
     seed:int=42,
 ):
     "Train, evaluate on the test split, promote if better."
-    train_dir,version = train(data_dir=data_dir, artifacts_dir=artifacts_dir, preset=preset, seed=seed)
+    train_dir,version = train(data_dir=data_dir, artifacts_dir=artifacts_dir, preset=preset, seed=seed, config=config)
     scores = evaluate(data_dir=data_dir, artifacts_dir=artifacts_dir, train_dir=train_dir)
     promote(data_dir=data_dir, artifacts_dir=artifacts_dir, version=version, test_scores=scores)

@@ -15,6 +15,7 @@ def train(
     artifacts_dir:str, # Everything is written below
     preset:str, # Named configuration
     seed:int,
+    config:str='', # JSON file with a configuration, used instead of the preset
     go_on:bool=False, # From the champion's training, if there is one that fits; in a fraction of the time
 )->tuple[Annotated[str, 'train_dir'], Annotated[int, 'version']]:
     "A dataset becomes a registered challenger."
@@ -23,5 +24,6 @@ def train(
     champion = alias_version('champion') if go_on else None
     init = resolve_training(champion) if champion else None
     logger.info('training goes on from %s', f'version {champion}' if init else 'nothing')
-    result = run.notebook('train', data_dir=data_dir, preset=preset, seed=seed, init=str(init or ''))
+    result = run.notebook('train', data_dir=data_dir, preset=preset, config=config, seed=seed,
+                          init=str(init or ''))
     return str(run.out_dir), result['version']
