@@ -2,6 +2,8 @@
 
     python -m benchmarks.soak --json [--minutes 20] [--seeds 3] [--quick]
 
+(The minutes are shared out to the seeds, each of which has a server of its own.)
+
 Honest clients send listings at random times, `--rate` a second; each has a deadline (API_TIMEOUT_S). Hostile ones send,
 beside them, what once brought the server down. At random times the worker is killed or frozen, the champion is changed
 for another, for a damaged one, and the database is locked. All of it follows from the seed.
@@ -13,8 +15,9 @@ late        of those, the ones answered after the deadline
 wrong       answers to hostile requests that they should not have got, by kind
 recovery_s  from a kill or freeze until /ready says yes, the slowest
 p99_ms      of honest requests while the model was up
-rss_growth  of all processes of the server, at the end over after the first tenth of the time, less 1 (quiet moments)
-fds_growth  descriptors of the front, likewise, as a number
+rss_growth  of the processes of the server, looked at every five seconds: the median of the last third of the time
+            over that of the first, less 1 (a worker's memory depends on what it has met since it was started)
+fds_growth  descriptors of the front, after all have gone, less those after the first tenth of the time
 """
 import asyncio
 import base64
@@ -83,23 +86,25 @@ class Soak:
     rate:float # Honest requests a second
     bodies:dict[str, tuple[str, bytes, set[int]]]
     versions:list[int] # Of the registry: two good ones, and one that is damaged
-    honest:list[tuple] = field(default_factory=list) # Sent, answered, status
+    honest:list[tuple] = field(default_factory=list) # Sent, answered, status, what was wrong
     wrong:Counter = field(default_factory=Counter)
     asked:Counter = field(default_factory=Counter)
     outages:list[list[float]] = field(default_factory=list) # From, until
-    done:Counter = field(default_factory=Counter)
+    events:list[tuple[float, str]] = field(default_factory=list) # When something was taken away, or is back
+    memory:list[int] = field(default_factory=list) # Resident bytes of all processes, every five seconds
 
     def __post_init__(self): self.rng = random.Random(self.seed)
 
     async def send_honest(self, http:aiohttp.ClientSession, i:int, image:bytes):
         "One listing, with a picture in one of three."
         body = listing(designation=f'Piscine ronde {i}', **(dict(image=image) if i%3 == 0 else {}))
-        sent,status = time.monotonic(), 0
+        sent,status,why = time.monotonic(), 0, ''
         try:
             async with http.post('/predict', data=body, headers={'Content-Type': 'application/json'}) as r:
-                await r.read(); status = r.status
-        except (aiohttp.ClientError, OSError, TimeoutError): pass
-        self.honest.append((sent, time.monotonic(), status))
+                answer,status = await r.read(), r.status
+                if status != 200: why = json.loads(answer)['error']['message']
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, LookupError) as e: why = type(e).__name__
+        self.honest.append((sent, time.monotonic(), status, why))
 
     async def honest_clients(self, http:aiohttp.ClientSession, end:float):
         "Listings at random times."
@@ -173,7 +178,8 @@ class Soak:
         while time.monotonic()-begin < 120:
             await asyncio.sleep(.1)
             gone = not Path(f'/proc/{pid}/stat').exists() or ' Z ' in Path(f'/proc/{pid}/stat').read_text()
-            if gone and await self.ready(http): self.outages[-1][1] = time.monotonic(); return
+            if gone and await self.ready(http):
+                self.outages[-1][1] = time.monotonic(); self.events.append((time.monotonic(), 'ready')); return
 
     async def lock_database(self, seconds:float):
         "Let nobody else write."
@@ -187,7 +193,7 @@ class Soak:
         while time.monotonic() < end-40:
             await asyncio.sleep(self.rng.uniform(10, 30))
             what = self.rng.choice(['kill', 'freeze', 'swap', 'damaged champion', 'database'])
-            self.done[what] += 1; say(f'  {what}')
+            self.events.append((time.monotonic(), what)); say(f'  {what}')
             match what:
                 case 'kill': await self.take_worker(http, signal.SIGKILL)
                 case 'freeze': await self.take_worker(http, signal.SIGSTOP)
@@ -202,9 +208,19 @@ class Soak:
         until = max(answered, sent+DEADLINE_S)
         return all(until < a or sent > b for a,b in self.outages)
 
-    def quiet(self)->tuple[int, int]:
-        "Resident bytes of all processes, and descriptors of the front."
-        return tree_rss(self.server.process.pid), self.server.family()[0].num_fds()
+    async def weigh(self, end:float):
+        "Look at the memory while there is a model."
+        while time.monotonic() < end:
+            await asyncio.sleep(5)
+            up = all(until < time.monotonic() for _,until in self.outages)
+            if up: self.memory.append(tree_rss(self.server.process.pid))
+
+    def fds(self)->int: return self.server.family()[0].num_fds()
+
+    def since(self, t:float)->tuple[float, str]:
+        "Seconds since what was disturbed last, and what that was."
+        at,what = max(((a, w) for a,w in self.events if a <= t), default=(t, 'nothing'))
+        return round(t-at, 1), what
 
     async def run(self, seconds:float)->dict:
         "All of it, and what was seen."
@@ -212,23 +228,25 @@ class Soak:
         auth = self.server.auth
         async with (aiohttp.ClientSession(self.server.url, headers=auth, timeout=timeout) as honest,
                     aiohttp.ClientSession(self.server.url, headers=auth, timeout=timeout) as hostile):
-            early:list[tuple[int, int]] = []
-            async def watch(): await asyncio.sleep(seconds/10); early.append(self.quiet())
+            early:list[int] = []
+            async def watch(): await asyncio.sleep(seconds/10); early.append(self.fds())
             await asyncio.gather(self.honest_clients(honest, end), self.hostile_clients(hostile, end),
-                                 self.disturb(honest, end), watch())
+                                 self.disturb(honest, end), watch(), self.weigh(end))
         await asyncio.sleep(15)
-        late = self.quiet()
-        fair = [(b-a, s) for a,b,s in self.honest if self.up(a, b)]
+        third,late = len(self.memory)//3, self.fds()
+        first,last = (float(np.median(m)) for m in (self.memory[:third], self.memory[-third:]))
+        fair = [(b-a, s) for a,b,s,_ in self.honest if self.up(a, b)]
+        lost = [(a, s, why) for a,b,s,why in self.honest if self.up(a, b) and s != 200]
         return dict(
             honest=len(self.honest), honest_up=len(fair), lost=sum(s != 200 for _,s in fair),
-            late=sum(t > DEADLINE_S+.5 for t,_ in fair), lost_statuses=dict(Counter(s for _,s in fair if s != 200)),
+            late=sum(t > DEADLINE_S+.5 for t,_ in fair),
+            lost_requests=[[s, why, *self.since(a)] for a,s,why in lost],
             p99_ms=float(np.quantile([1e3*t for t,s in fair if s == 200], .99)),
-            statuses=dict(Counter(s for *_,s in self.honest)), hostile=dict(self.asked), wrong=dict(self.wrong),
-            wrong_statuses=self.wrong.total(), events=dict(self.done),
+            statuses=dict(Counter(s for _,_,s,_ in self.honest)), hostile=dict(self.asked), wrong=dict(self.wrong),
+            wrong_statuses=self.wrong.total(), events=dict(Counter(w for _,w in self.events if w != 'ready')),
             recovery_s=max((b-a for a,b in self.outages), default=0.),
             unrecovered=sum(b == float('inf') for _,b in self.outages),
-            rss_mb=[early[0][0]/1e6, late[0]/1e6], rss_growth=late[0]/early[0][0]-1,
-            fds=[early[0][1], late[1]], fds_growth=late[1]-early[0][1],
+            rss_mb=[first/1e6, last/1e6], rss_growth=last/first-1, fds=[early[0], late], fds_growth=late-early[0],
             restarts=self.server.metric('rakuten_worker_restarts_total'),
             unrecorded=self.server.metric('rakuten_unrecorded_answers'))
 
@@ -245,7 +263,7 @@ def bench(args, work:Path)->dict:
     bundle,_ = make_bundle(work, True)
     versions = [register(bundle) for _ in range(3)]
     damage(versions[2]); bodies,out = hostile_bodies(), []
-    minutes = 1. if args.quick else args.minutes
+    minutes = 1. if args.quick else args.minutes/args.seeds
     for seed in range(args.seeds):
         say(f'seed {seed}'); promote(versions[0])
         env = dict(API_POLL_S='1', API_HANG_S='5', API_TIMEOUT_S=str(DEADLINE_S), API_FAILED_LOGINS='30/minute')
@@ -258,5 +276,6 @@ def bench(args, work:Path)->dict:
 
 
 if __name__ == '__main__':
-    main(bench, __doc__, option('--minutes', type=float, default=20., help='a seed; one with --quick (%(default)s)'),
+    main(bench, __doc__,
+         option('--minutes', type=float, default=20., help='of all seeds together; one with --quick (%(default)s)'),
          option('--rate', type=float, default=5., help='honest requests a second (%(default)s)'), seeds=3, bars=BARS)

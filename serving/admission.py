@@ -1,7 +1,9 @@
 "Admission: how much the server works on at one time. What finds no room is turned away at once."
 import math
 import time
+from contextlib import contextmanager
 
+from rakuten_mm.api import MAX_BATCH
 from serving import metrics
 from serving.errors import Refused
 
@@ -13,6 +15,7 @@ class AdmissionControl:
         max_bytes:int, # Of bodies
     ):
         self.limit,self.taken,self.done = limit, 0, 0
+        self.batched = 0 # Of those taken, the ones that came in batches
         self.max_bytes,self.bytes = max_bytes, 0
         self.rate,self.since = 20., time.monotonic() # Listings that leave in a second, of late
 
@@ -20,6 +23,18 @@ class AdmissionControl:
         "Let `n` listings in; raises 503 if there is no room."
         if self.taken+n > self.limit: raise self.no_place()
         self.taken += n; metrics.IN_FLIGHT.set(self.taken)
+
+    @contextmanager
+    def batch(self,
+        n:int # Listings, of which one is in already
+    ):
+        "Context with the rest of a batch let in; batches leave half of the room to single listings. Raises 503."
+        room = max(self.limit//2, min(self.limit, MAX_BATCH))
+        if self.batched+n > room:
+            raise self.full(f'{self.batched} listings of batches are being worked on, the limit is {room}')
+        self.take(n-1); self.batched += n
+        try: yield
+        finally: self.batched -= n; self.leave(n-1)
 
     def take_bytes(self, n:int):
         "Let `n` bytes of a body in; raises 503 if there is no room."

@@ -10,6 +10,7 @@
 | body | `MAX_BODY` bytes for listings, `SMALL_BODY` for others | `middleware` | 413 |
 | bodies held at one time | API_MAX_BYTES | `admission` | 503 |
 | listings at one time | API_MAX_IN_FLIGHT | `admission`, asked by `connections` | 503, before anything else |
+| listings of batches at one time | half of it, or one batch | `admission` | 503 |
 | JSON | `MAX_STRINGS`, `MAX_STRUCTURE`, `MAX_ESCAPES` | `schema` | 422 |
 | text | `MAX_TEXT` characters a field | `schema` | 422 |
 | picture | bytes and pixels by kind, from its header | `rakuten_mm.data.image` | 422 |

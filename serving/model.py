@@ -37,7 +37,7 @@ class ServedModel:
         threads:int = 0, # 0 takes every core
     ):
         torch.set_num_threads(n_threads(threads))
-        self.predictor = cast(Any, Predictor.load(bundle))  # type checkers do not see methods that are patched in
+        self.predictor = cast(Any, Predictor.load(bundle, light=True))  # type checkers do not see patched methods
         self.version = version
         if 'text' in self.predictor.modalities: self.predictor.predict([Prepared('warm up')])
         for g in read_golden(bundle):

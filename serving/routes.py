@@ -165,12 +165,10 @@ def add_prediction(app:FastAPI, service:Service):
     async def batch(listings:schema.BatchRequest, request:Request)->schema.BatchResponse:
         n,who = len(listings.products), principal(request)
         if n > schema.MAX_BATCH: raise Refused(413, f'{n} listings; a batch has at most {schema.MAX_BATCH}')
-        service.admission.take(n-1)
-        try:
+        with service.admission.batch(n):
             asked = (service.predict_one_of_many(p, who, i) for i,p in enumerate(listings.products))
             results = await asyncio.gather(*asked)
             return schema.BatchResponse(results=results)
-        finally: service.admission.leave(n-1)
 
     @app.post('/explain', tags=['prediction'], summary='Words and parts of the image behind a category')
     async def explain(listing:schema.ExplainRequest)->schema.ExplainResponse:

@@ -158,7 +158,7 @@ class WorkerClient:
         begun = [p for p in self.pending.values() if p.started is not None and not p.future.done()]
         for p in begun:
             p.started,p.tries,p.job = None, p.tries+1, p.job._replace(alone=True)
-            if p.job.op != 'predict':
+            if p.job.op not in ('predict', 'explain'):
                 p.future.set_exception(Refused(500, 'the worker ended while it did this', 'worker_crashed'))
             elif p.tries > 1: p.future.set_exception(
                 Refused(500, 'this listing cannot be answered: the model ended on it twice', 'worker_crashed'))
