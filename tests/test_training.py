@@ -91,7 +91,7 @@ def gpu_preset(weights, **changes):
 def test_gpu_preset_fine_tunes(data, weights, tmp_path, monkeypatch):
     "Both encoders move, the average of weights is what is kept, and the bundle says what the network said."
     monkeypatch.setattr(fitting, 'check_learnt', lambda *a: None)  # a few steps are too few
-    few,cfg = shrunk(data, 96), gpu_preset(weights, max_epochs=2)
+    few,cfg = shrunk(data, 96), gpu_preset(weights, max_epochs=2, augment='rand-m5-n1')
     assert cfg.fit.precision == 'auto' and cfg.fit.accumulate == 2 and cfg.network.members == 1
     steps = []
     counted = lambda self, opt: steps.append(len(opt.param_groups))

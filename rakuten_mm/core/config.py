@@ -76,6 +76,7 @@ class FitConfig:
     strategy:str = 'auto' # Lightning's; `auto` forks on one machine, and joins the processes that torchrun started
     accelerator:str = 'auto' # Lightning's, e.g. `cpu`, `gpu`
     num_workers:int = 0 # Processes that decode images while fine-tuning
+    augment:str = '' # timm's policy for training pictures, e.g. `rand-m9-n2-mstd0.5`, with crops and flips; empty: none
     compile:bool = False # Compile fine-tuned encoders: a minute at the start, up to a third more speed on a card
 
 # %% ../../nbs/lib/core/00_config.ipynb #1a5b6283
@@ -134,6 +135,9 @@ PRESETS = {
     'cpu-gated': replace(_cpu, network=NetworkConfig(fusion='gated')),
     'cpu-attention': replace(_cpu, network=NetworkConfig(fusion='attention')),
     'gpu-camembert-convnext': _gpu,
+    'gpu-frozen-siglip2': replace(_cpu, encoders=EncoderConfig(
+        text='hf:google/siglip2-so400m-patch16-384', image='timm:vit_so400m_patch16_siglip_384.v2_webli',
+        image_size=384, image_levels=False, max_tokens=64)),
     'smoke': TrainConfig(EncoderConfig(text=None, image_size=64, runtimes='onnx', ngram_features=5_000, ngram_dim=32),
                          NetworkConfig(members=2, dim=64),
                          FitConfig(max_epochs=6, min_steps=0, batch_size=64, lr=5e-3, hold_out='always')),

@@ -69,7 +69,9 @@ class HFEncoder(nn.Module):
         if self.pooling == 'tower': return out.pooler_output
         h = out.last_hidden_state
         if self.pooling == 'first': return h[:, 0]
-        if self.pooling == 'last': return h[torch.arange(len(h), device=h.device), mask.sum(1)-1]
+        if self.pooling == 'last':
+            last = (mask.sum(1)-1)[:, None, None].expand(-1, 1, h.shape[2])
+            return h.gather(1, last).squeeze(1)
         mask = mask.unsqueeze(-1)
         return (h*mask).sum(1)/mask.sum(1).clamp(min=1)
 
@@ -95,9 +97,9 @@ def text_model(
     kind = model_class(config)
     if weights: model = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
     else: model = (kind.from_config if hasattr(kind, 'from_config') else kind._from_config)(config, dtype=torch.float32)
-    if not hasattr(config, 'vision_config'): return model
-    if not hasattr(model, 'text_model'): raise ValueError(f'{source}: a {config.model_type} has no tower for texts')
-    return model.text_model
+    tower = model.text_model if hasattr(config, 'vision_config') and hasattr(model, 'text_model') else model
+    if not hasattr(tower.config, 'vocab_size'): raise ValueError(f'{source}: a {config.model_type} reads no texts')
+    return tower
 
 def hf_encoder(
     source:str, # Folder, or hub id
@@ -199,7 +201,8 @@ def image_encoder(
         enc.model.load_state_dict(package_weights())
         return enc.eval().requires_grad_(False)
     try: enc = ImageEncoder(f'local-dir:{source}' if Path(source).is_dir() else source, None, None, levels, size, True)
-    except RuntimeError as e: raise ValueError(f'{spec}: the weights do not fit the network: {e}') from None
+    except (RuntimeError, AttributeError, KeyError) as e:
+        raise ValueError(f'{spec}: the weights do not fit the network: {e}') from None
     return enc.float().eval().requires_grad_(False)
 
 # %% ../../nbs/lib/models/00_encoders.ipynb #d7d8c960

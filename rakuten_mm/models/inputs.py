@@ -85,6 +85,7 @@ class ProductDataset(torch.utils.data.Dataset):
         known = rows.prdtypecode if 'prdtypecode' in rows else [-1]*len(rows)
         self.targets = np.array([index.get(c, -1) for c in known], int)
         self.fold,self.state,self.hide_description,self.scaled = np.full(len(rows), -1), None, 0., {}
+        self.augment = None  # changes the pixels of a picture, while an encoder is trained on them
 
     def __len__(self): return len(self.targets)
 
@@ -109,11 +110,13 @@ def pixels(self:ProductDataset, idx)->np.ndarray: # (B, S, S, 3) uint8
     out = np.full((len(idx), size, size, 3), 255, np.uint8)
     for j,i in enumerate(idx):
         if not self.has_image[i]: continue
-        try: out[j] = load_square(self.images_dir/self.names[i], size)
+        try: square = load_square(self.images_dir/self.names[i], size)
         except (InvalidImage, OSError) as e:
             self.has_image[i] = False
             warnings.warn(f'{self.images_dir/self.names[i]} cannot be read any more ({e}); '
                           'its listing counts as without an image', stacklevel=2)
+            continue
+        out[j] = self.augment(square) if self.augment else square
     return out
 
 # %% ../../nbs/lib/models/09_inputs.ipynb #71aa03c4
