@@ -143,6 +143,8 @@ def serve(
     "Serve until SIGTERM or Ctrl+C; a server that cannot start exits with 1 and one line."
     load_environment()
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # waiting threads of the worker would take the front's core
+    # glibc keeps what it was once asked for, and asks for more: pixels of large pictures go back at once instead
+    os.environ.setdefault('MALLOC_MMAP_THRESHOLD_', str(2**22))
     log_as_json()
     os.umask(os.umask(0o077) | 0o077)  # what is written holds texts of customers
     try: server = make_server(model)
