@@ -41,6 +41,7 @@ from rakuten_mm.synthetic.catalogue import synthesize
 from rakuten_mm.training import datamodule
 from rakuten_mm.training import fit as fitting
 from rakuten_mm.training.datamodule import ProductDataModule
+from rakuten_mm.training.devices import choose_devices
 from rakuten_mm.training.lightning_module import ProductClassifier, encoder_groups
 
 PARTS = 'stored', 'fine-tuning'
@@ -179,7 +180,7 @@ def fine_tuning(work:Path, data:Dataset, rows:int, size:int, epochs:int)->dict:
     bare = deepcopy(net)
     fast = [p for n,p in bare.named_parameters() if not n.startswith('image.') and p.requires_grad]
     opt = torch.optim.AdamW([dict(params=fast, lr=cfg.fit.lr), *encoder_groups(bare.image, cfg.fit)], fused=True)
-    trainer = fitting.make_trainer(cfg, work/'fine-tuning', '', False, epochs)
+    trainer = fitting.make_trainer(cfg, choose_devices(cfg), work/'fine-tuning', '', False, epochs)
     autocast = partial(torch.autocast, 'cpu', torch.bfloat16, enabled=str(trainer.precision).startswith('bf16'))
     clock = Clock(dm, lambda batches: bare_epoch(bare, opt, batches, autocast, cfg.fit.label_smoothing))
     trainer.callbacks.insert(0, clock)

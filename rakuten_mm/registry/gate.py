@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GateConfig', 'ModelOutputs', 'aligned', 'paired_scores', 'tested', 'sample_scores', 'Check', 'new_class_hits',
            'check_scores', 'class_draws', 'check_classes', 'check_calibration', 'check_guarantee', 'check_states',
-           'check_costs', 'check_labels', 'check_golden', 'Verdict', 'decide']
+           'check_budget', 'check_costs', 'check_labels', 'check_golden', 'Verdict', 'decide']
 
 # %% ../../nbs/lib/registry/02_gate.ipynb #eea74a28
 import re
@@ -27,6 +27,8 @@ class GateConfig:
     ece_budget:float = .01 # Calibration error that may be added
     latency_ratio:float = 1.3 # Time of an answer, over the champion's
     size_ratio:float = 1.5 # Bytes of the bundle, over the champion's
+    latency_ms:float = 0. # Of an answer, that the deployment can bear; 0 asks for `latency_ratio` instead
+    size_mb:float = 0. # Of the bundle, that the deployment can bear; 0 asks for `size_ratio` instead
     labels:str = 'grow' # `grow`: categories may come, none may go or be renamed; `any`: all may change
     draws:int = 2_000 # Of the bootstrap
     seed:int = 0
@@ -224,14 +226,22 @@ def check_states(
     return Check('robustness', not bad, text, figures)
 
 # %% ../../nbs/lib/registry/02_gate.ipynb #0ca577a8
+def check_budget(
+    name:str, old:float, new:float,
+    unit:str, # Of both
+    budget:float, # In that unit; 0 if there is none
+    ratio:float, # Allowed where there is no budget
+)->Check:
+    "Check what a challenger costs, against what may be spent or else against the champion."
+    times = new/max(old, 1e-9)
+    allowed = f'{budget:g} {unit}' if budget else f'{ratio:g} times'
+    text = f'{old:.1f} {unit} -> {new:.1f} {unit}, {times:.2f} times (allowed: {allowed})'
+    return Check(name, new <= budget if budget else times <= ratio, text, {f'{name}_ratio': times})
+
 def check_costs(old:ModelOutputs, new:ModelOutputs, cfg:GateConfig)->list[Check]:
     "Check the time of an answer and the size of the bundle."
-    r,s = new.seconds/max(old.seconds, 1e-9), new.bytes/max(old.bytes, 1)
-    a,b = 1e3*old.seconds, 1e3*new.seconds
-    times = f'{a:.1f} ms -> {b:.1f} ms an answer, {r:.2f} times (allowed: {cfg.latency_ratio})'
-    sizes = f'{old.bytes/1e6:.1f} MB -> {new.bytes/1e6:.1f} MB, {s:.2f} times (allowed: {cfg.size_ratio})'
-    return [Check('latency', r <= cfg.latency_ratio, times, {'latency_ratio': r}),
-            Check('size', s <= cfg.size_ratio, sizes, {'size_ratio': s})]
+    return [check_budget('latency', 1e3*old.seconds, 1e3*new.seconds, 'ms', cfg.latency_ms, cfg.latency_ratio),
+            check_budget('size', old.bytes/1e6, new.bytes/1e6, 'MB', cfg.size_mb, cfg.size_ratio)]
 
 def check_labels(old:ModelOutputs, new:ModelOutputs, cfg:GateConfig)->Check:
     "Check that no category was lost or renamed."

@@ -13,8 +13,9 @@ def training(
     preset:str='cpu', # Named configuration of rakuten_mm.core.config
     config:str='', # JSON file with a configuration, used instead of the preset
     seed:int=42,
+    gate:dict|None=None, # Overrides of rakuten_mm.registry.gate.GateConfig
 ):
     "Train, evaluate on the test split, promote if better."
     train_dir,version = train(data_dir=data_dir, artifacts_dir=artifacts_dir, preset=preset, seed=seed, config=config)
     scores = evaluate(data_dir=data_dir, artifacts_dir=artifacts_dir, train_dir=train_dir)
-    promote(data_dir=data_dir, artifacts_dir=artifacts_dir, version=version, test_scores=scores)
+    promote(data_dir=data_dir, artifacts_dir=artifacts_dir, version=version, test_scores=scores, gate=gate)
