@@ -111,6 +111,6 @@ def bench(args, work:Path)->dict:
 
 if __name__ == '__main__':
     main(bench, __doc__, option('--rows', type=int, default=100_000),
-         option('--preset', default='cpu', help='of the model'),
+         option('--preset', default='smoke', help='of the model (%(default)s; cpu takes hours for so many)'),
          option('--image-size', type=int, default=500, help='side of the images in pixels (500, as in the challenge)'),
          option('--before', type=Path, help='also measure this checkout'), bars=BARS, cores=2)

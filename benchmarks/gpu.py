@@ -1,6 +1,6 @@
 """Is training on a card right, how fast is it, and how far from the card's limits?
 
-    python -m benchmarks.gpu --json [--data DATASET] [--quick] [--only PART]
+    python -m benchmarks.gpu --json benchmarks/results/gpu-CARD.json [--data DATASET] [--quick] [--only PART]
 
 `gpu-camembert-convnext` in its true shapes, with random weights, on 500 px pictures; about eight minutes on one card.
 Each part is a process of its own: one forks before CUDA is touched, one kills itself. DATASET is an ingested dataset,
@@ -332,8 +332,12 @@ def bench(args, work:Path)->dict:
     prepare(work, data, tiny)
     job = dict(work=work, data=data, tiny=tiny)
     if {'limits', 'steps'} & {*args.only}: out |= call(limits, job)
-    if 'steps' in args.only: out['steps'] = call(steps, job | dict(peak_tflops=out['matmul_tflops']))['rows']
-    if 'encode' in args.only: out['encode'] = call(encode, job)['rows']
+    if 'steps' in args.only:
+        rows = call(steps, job | dict(peak_tflops=out['matmul_tflops']))['rows']
+        out |= dict(steps=rows, train_images_per_s=rows[0]['per_s'], train_mfu=rows[0]['share_of_peak'])
+    if 'encode' in args.only:
+        rows = call(encode, job)['rows']
+        out |= dict(encode=rows, encode_images_per_s=rows[0]['per_s'])
     if 'loader' in args.only: out['loader'] = call(loader, job)['rows']
     if {'fit', 'bundle'} & {*args.only}:
         first = start(train, job | dict(die_in=EPOCHS-1)); first.wait()

@@ -1,6 +1,6 @@
 """Cost of ingestion: speed of checking images, memory, reruns, small deliveries, duplicate groups, kill -9.
 
-    python -m benchmarks.ingestion --json [--rows 85000] [--raw DIR]
+    python -m benchmarks.ingestion --json [--rows 85000] [--raw DIR] [--only PART]
 
 Every ingestion runs in a process of its own, whose memory is the sum of the resident sizes of its whole process tree.
 The catalogues are synthetic and made anew in a temporary folder. Ratios compare things measured in this one run.
@@ -26,6 +26,8 @@ from rakuten_mm.data.features import check_images
 from rakuten_mm.data.ingestion import fingerprints_of, ingest
 from rakuten_mm.data.near_duplicates import duplicate_groups
 from rakuten_mm.synthetic.catalogue import synthesize
+
+PARTS = 'images', 'deliveries', 'four', 'kills'
 
 
 def ingest_once(raw_dir:str, data_dir:str)->dict:
@@ -116,6 +118,32 @@ def kill_points(raw_dir:Path, work:Path, n:int)->int:
     return same
 
 
+def deliveries(raw:Path, later:list[Path], work:Path, rows:int)->dict:
+    "A first ingestion, the same again, and three deliveries of 1 % new rows."
+    say('first ingestion'); first = timed_ingest(raw, work/'data')
+    say('rerun, three times'); rerun = middle(timed_ingest(raw, work/'data') for _ in range(3))
+    assert rerun['version'] == first['version']
+    data = Dataset.open(work/'data')
+    out = group_quality(data, raw) | dict(group_seconds=group_seconds(data))
+    say('three deliveries of 1 % new rows'); delivery = middle(timed_ingest(d, work/'data') for d in later)
+    assert len(Dataset.open(work/'data').index) == rows+3*max(1, rows//100)
+    shutil.rmtree(work/'data')
+    return out | dict(
+        first_s=first['s'], rows_per_s=rows/first['s'], rerun_s=rerun['s'], rerun_speedup=first['s']/rerun['s'],
+        delivery_s=delivery['s'], delivery_over_first=delivery['s']/first['s'],
+        rerun_speedup_with_startup=first['wall_s']/rerun['wall_s'],
+        delivery_over_first_with_startup=delivery['wall_s']/first['wall_s'], peak_rss_mb=first['peak_mb'])
+
+
+def four_times(raw:Path, work:Path, first:dict)->dict:
+    "What grows with four times the rows of the first ingestion."
+    four = timed_ingest(raw, work/'data4')
+    seconds = group_seconds(Dataset.open(work/'data4'))
+    shutil.rmtree(work/'data4')
+    return dict(peak_rss_mb_4x=four['peak_mb'], peak_rss_growth=four['peak_mb']/first['peak_rss_mb'], four_s=four['s'],
+                group_seconds_4x=seconds, group_seconds_growth=seconds/first['group_seconds'])
+
+
 def bench(args, work:Path)->dict:
     rows,size = 3_000 if args.quick else args.rows, args.image_size
     made = partial(synthesize, n_test=0, progress=False)
@@ -123,38 +151,25 @@ def bench(args, work:Path)->dict:
     raw,few = made(work/'raw', rows, image_size=size, total=2*rows), max(1, rows//100)
     later = [made(work/f'next{k}', few, start=rows+k*few, total=2*rows, image_size=size) for k in range(3)]
     out = dict(rows=rows, image_size=size, cores=n_threads(), synthesis_s=time.perf_counter()-begin)
-
-    say('checking images')
     small = made(work/'small', 3_000, image_size=128)
-    out |= image_ratios(images_of(raw)[:8_000])
-    out |= {f'{k}_128px': v for k,v in image_ratios(images_of(small)).items()}
-    if args.raw: out |= {f'{k}_raw': v for k,v in image_ratios(images_of(args.raw)).items()}
-
-    say('first ingestion'); first = timed_ingest(raw, work/'data')
-    say('rerun, three times'); rerun = middle(timed_ingest(raw, work/'data') for _ in range(3))
-    assert rerun['version'] == first['version']
-    data = Dataset.open(work/'data')
-    out |= group_quality(data, raw); seconds = group_seconds(data)
-    say('three deliveries of 1 % new rows'); delivery = middle(timed_ingest(d, work/'data') for d in later)
-    assert len(Dataset.open(work/'data').index) == rows+3*few
-    out |= dict(first_s=first['s'], rows_per_s=rows/first['s'], rerun_s=rerun['s'], rerun_speedup=first['s']/rerun['s'],
-                delivery_s=delivery['s'], delivery_over_first=delivery['s']/first['s'],
-                rerun_speedup_with_startup=first['wall_s']/rerun['wall_s'],
-                delivery_over_first_with_startup=delivery['wall_s']/first['wall_s'], peak_rss_mb=first['peak_mb'])
-    shutil.rmtree(work/'data'); shutil.rmtree(raw)
-
-    say(f'four times the rows: making {4*rows:,} listings'); raw = made(work/'raw4', 4*rows, image_size=min(64, size))
-    say('ingesting them'); four = timed_ingest(raw, work/'data4')
-    seconds4 = group_seconds(Dataset.open(work/'data4'))
-    out |= dict(peak_rss_mb_4x=four['peak_mb'], peak_rss_growth=four['peak_mb']/first['peak_mb'], four_s=four['s'],
-                group_seconds=seconds, group_seconds_4x=seconds4, group_seconds_growth=seconds4/seconds)
-    shutil.rmtree(raw); shutil.rmtree(work/'data4')
-
-    say('kill -9 at ten random points')
-    return out | dict(killed_then_same_bytes=kill_points(small, work, 10))
+    if 'images' in args.only:
+        say('checking images')
+        out |= image_ratios(images_of(raw)[:8_000])
+        out |= {f'{k}_128px': v for k,v in image_ratios(images_of(small)).items()}
+        if args.raw: out |= {f'{k}_raw': v for k,v in image_ratios(images_of(args.raw)).items()}
+    if {'deliveries', 'four'} & {*args.only}: out |= deliveries(raw, later, work, rows)
+    shutil.rmtree(raw)
+    if 'four' in args.only:
+        say(f'four times the rows: making {4*rows:,} listings')
+        raw = made(work/'raw4', 4*rows, image_size=min(64, size))
+        say('ingesting them'); out |= four_times(raw, work, out)
+        shutil.rmtree(raw)
+    if 'kills' in args.only:
+        say('kill -9 at ten random points'); out['killed_then_same_bytes'] = kill_points(small, work, 10)
+    return out
 
 
 if __name__ == '__main__':
-    main(bench, __doc__, option('--rows', type=int, default=85_000),
+    main(bench, __doc__, option('--rows', type=int, default=85_000, help='%(default)s, as in the challenge'),
          option('--image-size', type=int, default=500, help='side of the images in pixels (500, as in the challenge)'),
-         option('--raw', type=Path, help='also check the images of this delivery'))
+         option('--raw', type=Path, help='also check the images of this delivery'), parts=PARTS)
