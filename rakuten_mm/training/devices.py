@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 import torch
 from torch import distributed
@@ -81,6 +82,7 @@ def count_devices(
     return count,machines
 
 # %% ../../nbs/lib/training/04_devices.ipynb #8e4b1d22
+@cache
 def card_precision()->str:
     "Lightning's name of the best precision of the first card."
     with worker_pool(1, 'torch') as pool: native = pool.submit(torch.cuda.is_bf16_supported, False).result()
