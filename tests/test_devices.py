@@ -80,6 +80,7 @@ from pathlib import Path
 from rakuten_mm.core.config import read_config
 from rakuten_mm.data.dataset import Dataset
 from rakuten_mm.training import fit as fitting
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what runs in the background
 victim,shared,out = sys.argv[3:]
 begin = os.getpid()
 def die(self, *a):
@@ -90,7 +91,7 @@ fitting.fit(Dataset.open(sys.argv[1]), read_config(sys.argv[2]), out, progress=F
 '''
 
 
-@pytest.mark.parametrize('victim', ['0', '1', 'parent'])
+@pytest.mark.parametrize('victim', ['0', pytest.param('1', marks=pytest.mark.system), 'parent'])
 def test_killed_it_goes_on_with_another_number(data, data_dir, tmp_path, alone, victim, monkeypatch):
     "Whoever is killed: two devices began, one ends it, and no more than the epoch is lost."
     write_config(TWO, tmp_path/'config.json')

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, Sampler
 from ..models.inputs import ProductDataset, check_finite
 from ..core.config import FitConfig
+from ..core.process import leave_with_parent
 from ..data.dataset import Dataset
 from ..models.network import MultimodalNet
 from .augmentation import Augmentation
@@ -125,7 +126,7 @@ def setup(self:ProductDataModule,
 ):
     "Read both splits and fit what needs no gradient; raises `ValueError` if a part is nowhere."
     launcher = self.trainer.strategy.launcher if self.trainer else None
-    if launcher and launcher.is_interactive_compatible: torch.set_num_threads(1)  # it forks
+    if launcher and launcher.is_interactive_compatible: torch.set_num_threads(1); leave_with_parent()  # it forks
     if self.splits: return
     net,rows = self.net, training_rows(self.data.products, self.hold_out)
     train = self.read(rows, training=True)
