@@ -17,7 +17,7 @@ from ..core.config import EncoderConfig
 from ..core.process import n_threads
 from ..core.environment import use_hub
 
-# %% ../../nbs/lib/models/00_encoders.ipynb #a641e337
+# %% ../../nbs/lib/models/00_encoders.ipynb #9fe809e1
 def pooling_of(
     model:nn.Module, # Of transformers
     source:str|Path, # Where it came from; a folder may say how it was trained, as sentence-transformers writes it
@@ -29,6 +29,7 @@ def pooling_of(
     if modes.get('pooling_mode_lasttoken'): return 'last'
     return 'first' if modes.get('pooling_mode_cls_token') else 'mean'
 
+# %% ../../nbs/lib/models/00_encoders.ipynb #a641e337
 class HFEncoder(nn.Module):
     "One vector of each text, by a transformer."
     def __init__(self,
