@@ -57,6 +57,12 @@ def test_evaluation_refuses_other_data(data_dir, tmp_path):
         run_notebook('evaluate', tmp_path/'out', data_dir=data_dir, train_dir=tmp_path)
 
 
+def test_folder_with_braces(runs, tmp_path):
+    "A path is a path, and no template for papermill to fill in."
+    make_notebook(runs/'n.ipynb', WRITE)
+    assert run_notebook('n', tmp_path/'x{v}', x=3) == dict(x=3) and (tmp_path/'x{v}'/'n.ipynb').exists()
+
+
 def test_f42_unknown_parameter(tmp_path):
     with pytest.raises(TypeError, match="no parameter persets"): run_notebook('train', tmp_path/'out', persets='smoke')
     assert not (tmp_path/'out').exists()

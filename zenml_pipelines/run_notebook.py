@@ -70,8 +70,9 @@ def run_notebook(
     result = out_dir/'result.json'
     result.unlink(missing_ok=True)
     try:
-        pm.execute_notebook(src, out_dir/src.name, params, cwd=Path.cwd(), progress_bar=progress, kernel_name='python3',
-                            execution_timeout=timeout_s, stderr_file=None)
+        as_is = lambda path: str(path).replace('{', '{{').replace('}', '}}')  # papermill puts parameters into paths
+        pm.execute_notebook(as_is(src), as_is(out_dir/src.name), params, cwd=Path.cwd(), progress_bar=progress,
+                            kernel_name='python3', execution_timeout=timeout_s, stderr_file=None)
     except PapermillExecutionError as e:
         raise NotebookError(f'{src.name}, cell {e.exec_count}: {e.ename}: {e.evalue}') from e
     except Exception as e: raise NotebookError(f'{src.name}: {type(e).__name__}: {e}') from e  # dead kernel, timeout
