@@ -32,17 +32,19 @@ class TextReader:
     ):
         self.ngrams = ngrams
         self.tokens = net.text.tokenize(titles, descriptions) if moving else None
-        self.store = self.keys = None
-        if net.text is not None and not moving:
-            self.store = EmbeddingStore(store_dir, encoder_fingerprint(net.text, net.cfg.encoders))
-            self.keys = self.store.fill_texts(titles, descriptions, net.text.encode, progress)
+        c = net.cfg.encoders
+        read = c.max_title_chars, c.max_description_chars, c.max_static_chars, c.max_tokens, c.text_prefix
+        self.stores = [EmbeddingStore(store_dir, encoder_fingerprint(e, *read))
+                       for e in ([] if moving else net.text_encoders)]
+        for s,e in zip(self.stores, net.text_encoders, strict=not moving):
+            self.keys = s.fill_texts(titles, descriptions, e.encode, progress)
         steps = range(0, len(titles), 4096) if net.ngrams else []
         self.dense = np.concatenate([project_ngrams(net, ngrams[i:i+4096]) for i in steps]) if steps else None
 
     def vectors(self, idx:np.ndarray)->np.ndarray: # (B, Dt)
         "Vectors of frozen encoders, side by side."
         parts = [self.dense[idx]] if self.dense is not None else []
-        if self.store: parts.append(self.store.take([self.keys[i] for i in idx]))
+        parts += [s.take([self.keys[i] for i in idx]) for s in self.stores]
         return np.concatenate(parts, 1) if parts else np.zeros((len(idx), 0), np.float32)
 
 # %% ../../nbs/lib/models/09_inputs.ipynb #819c2b64
@@ -85,7 +87,9 @@ class ProductDataset(torch.utils.data.Dataset):
         known = rows.prdtypecode if 'prdtypecode' in rows else [-1]*len(rows)
         self.targets = np.array([index.get(c, -1) for c in known], int)
         self.fold,self.state,self.hide_description,self.scaled = np.full(len(rows), -1), None, 0., {}
+        self.labelled = np.ones(len(rows), bool)  # False where a teacher spoke
         self.augment = None  # changes the pixels of a picture, while an encoder is trained on them
+        self.soft:np.ndarray|None = None  # (N, K) probabilities to learn from instead of labels, by a teacher
 
     def __len__(self): return len(self.targets)
 
@@ -157,7 +161,7 @@ def on_scale(self:ProductDataset,
 def __getitem__(self:ProductDataset,
     idx:list[int] # Positions of a batch
 )->dict[str, torch.Tensor]:
-    "A batch for `MultimodalNet`, with `linear`, `target` and `fold`; `scaled_` parts once `scale_once` has run."
+    "A batch for `MultimodalNet`, with `linear`, `target`, `fold`, perhaps `soft`; `scaled_` parts after `scale_once`."
     idx,net,s = np.asarray(idx), self.net, self.scaled
     cut = torch.rand(len(idx)).numpy() < self.hide_description
     if self.state == 'title+image': cut[:] = True
@@ -172,6 +176,7 @@ def __getitem__(self:ProductDataset,
     seen = dict(has_text=self.has_text[idx] & (self.state != 'image'),
                 has_image=self.has_image[idx] & (self.state != 'text'),
                 has_description=self.has_description[idx] & ~cut, target=self.targets[idx], fold=self.fold[idx])
+    if self.soft is not None: seen['soft'] = self.soft[idx]
     b = {k: torch.from_numpy(np.ascontiguousarray(v)) for k,v in (b | seen).items()}
     if self.full and self.full.tokens:
         reader = lambda short: self.short if short else self.full

@@ -58,18 +58,20 @@ def fit(self:LDAExpert,
     vectors:dict[str, np.ndarray], # (N, D) by part
     has_text:np.ndarray, has_image:np.ndarray, # (N,)
     y:np.ndarray, # (N,) class indices
-    fold:np.ndarray, # (N,) the member that must not see the listing
+    fold:np.ndarray, # (N,) the member that must not see the listing; -1 for those that all may see
+    soft:np.ndarray|None = None, # (N, K) what a listing counts in each class, instead of `y`
 )->LDAExpert:
     "Fit all members; raises `ValueError` if no listing has all parts."
     has = dict(text=has_text, image=has_image)
     rows = np.flatnonzero(np.logical_and.reduce([has[m] for m in self.parts]))
     if not len(rows):
         raise ValueError('no training listing has both text and image; use a preset that reads one of them')
-    x,y,fold = np.concatenate([vectors[m][rows] for m in self.parts], 1).astype(np.float32), y[rows], fold[rows]
+    x,fold = np.concatenate([vectors[m][rows] for m in self.parts], 1).astype(np.float32), fold[rows]
     members,_,k = self.bias0.shape
-    sums = [moments(x[fold == f], y[fold == f], k) for f in range(members)]
+    shares = np.eye(k)[y[rows]] if soft is None else soft[rows].astype(float)
+    sums = [moments(x[fold == f], shares[fold == f]) for f in range(-1, members)]
     total = [sum(s) for s in zip(*sums, strict=True)]
-    for f,own in enumerate(sums):
+    for f,own in enumerate(sums[1:]):
         alone = members == 1 or (total[2]-own[2]).sum() == 0
         self.solve(f, *(total if alone else [a-b for a,b in zip(total, own, strict=True)]))
     return self
@@ -77,12 +79,11 @@ def fit(self:LDAExpert,
 # %% ../../nbs/lib/models/06_lda.ipynb #ga000013
 def moments(
     x:np.ndarray, # (N, D)
-    y:np.ndarray, # (N,)
-    k:int, # Categories
+    shares:np.ndarray, # (N, K) what a listing counts in each category
 )->tuple[np.ndarray, np.ndarray, np.ndarray]: # Squares (D, D), sums (K, D) and counts (K,)
     "The sums that discriminants are computed from."
-    x,one = x.astype(np.float64), np.zeros((len(y), k)); one[np.arange(len(y)), y] = 1
-    return x.T@x, one.T@x, one.sum(0)
+    x = x.astype(np.float64)
+    return x.T@x, shares.T@x, shares.sum(0)
 
 @patch
 def solve(self:LDAExpert,

@@ -89,11 +89,12 @@ class ProductDataModule(pl.LightningDataModule):
         progress:bool = True,
         hold_out:bool = True, # Keep the validation listings out of training
         folds:pd.Series|None = None, # By productid, of the earlier run that `net` and its standardisation come from
+        taught:pd.DataFrame|None = None, # Listings without a label: title, text, image, and a teacher's `p_<code>`
     ):
         super().__init__()
         self.data,self.net,self.codes,self.store_dir,self.seed = data,net,codes,store_dir,seed
         self.encode,self.progress = encode,progress
-        self.cfg,self.splits,self.hold_out,self.folds = net.cfg,{},hold_out,folds
+        self.cfg,self.splits,self.hold_out,self.folds,self.taught = net.cfg,{},hold_out,folds,taught
 
     @property
     def val_rows(self)->pd.DataFrame:
@@ -129,8 +130,8 @@ def setup(self:ProductDataModule,
     if launcher and launcher.is_interactive_compatible: torch.set_num_threads(1); leave_with_parent()  # it forks
     if self.splits: return
     net,rows = self.net, training_rows(self.data.products, self.hold_out)
-    train = self.read(rows, training=True)
-    train.fold = assign_folds(rows, self.cfg.network.members, self.seed, self.folds)
+    train = self.read_taught(rows)
+    train.fold[:len(rows)] = assign_folds(rows, self.cfg.network.members, self.seed, self.folds)
     train.hide_description = self.cfg.network.description_dropout
     if self.cfg.fit.augment: train.augment = Augmentation(self.cfg.fit.augment, self.cfg.encoders.image_size)
     self.check_parts(train)
@@ -139,17 +140,31 @@ def setup(self:ProductDataModule,
         net.linear,train.linear = LinearExpert.cross_fit(full, train.targets, train.fold, len(self.codes), (short,))
     if self.folds is None: self.fit_scale(train)
     val = self.read(self.val_rows, training=True)
-    if not self.hold_out: mark_seen(train, val, (rows.split == 'val').to_numpy())
+    if not self.hold_out: mark_seen(train, val, np.flatnonzero(rows.split == 'val'))
     for ds in (train, val): ds.scale_once()
     if net.gaussian:
         vectors = {m: v[0] if m == 'text' else v for m,v in train.scaled.items()}
-        net.gaussian.fit(vectors, train.has_text, train.has_image, train.targets, train.fold)
+        net.gaussian.fit(vectors, train.has_text, train.has_image, train.targets, train.fold, train.soft)
     self.splits = dict(train=train, val=val)
+
+# %% ../../nbs/lib/training/01_datamodule.ipynb #427c66be
+@patch
+def read_taught(self:ProductDataModule,
+    rows:pd.DataFrame, # Labelled training listings
+)->ProductDataset: # With `soft`, if there is a teacher
+    "The training listings, and after them those that a teacher has labelled."
+    if self.taught is None: return self.read(rows, training=True)
+    probs = self.taught[[f'p_{c}' for c in self.codes]].to_numpy(np.float32)
+    own = self.taught[['title', 'text', 'image']].assign(prdtypecode=np.array(self.codes)[probs.argmax(1)])
+    out = self.read(pd.concat([rows, own], ignore_index=True), training=True)
+    out.soft = np.concatenate([np.eye(len(self.codes), dtype=np.float32)[out.targets[:len(rows)]], probs])
+    out.labelled[len(rows):] = False
+    return out
 
 # %% ../../nbs/lib/training/01_datamodule.ipynb #fa3c9e25
 def mark_seen(
     train:ProductDataset, val:ProductDataset,
-    own:np.ndarray, # (N,) bool: True for the training listings that are those of `val`
+    own:np.ndarray, # (N,) positions of the training listings that are those of `val`
 ):
     "Mark the listings of `val` as seen: give them their folds and out-of-fold logits."
     val.fold,val.linear = train.fold[own], [z if z is None else z[own] for z in train.linear]

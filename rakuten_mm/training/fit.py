@@ -31,7 +31,6 @@ from ..models.manifest import file_hashes
 from .datamodule import ProductDataModule, holds_out, training_rows
 from ..stats.metrics import check_learnt, scores
 from ..models.network import MultimodalNet, build_network
-from ..models.encoders import HFEncoder
 from ..models.runtime import TorchRuntime, frozen_runtime
 from ..models.stacking import STATES
 from ..core.tracking import EXPERIMENT, log_provenance, tracking_uri
@@ -126,6 +125,7 @@ def expert_logits(
 )->tuple[np.ndarray, np.ndarray]: # (E, N, K) logits and (N,) positions of the listings that can be in this state
     "Logits of all experts that have not seen the listing, the linear one first."
     seen,rows = ds.view(state)
+    rows = rows[ds.labelled[rows]]
     if max_rows and len(rows) > max_rows: rows = np.sort(np.random.default_rng(0).choice(rows, max_rows, replace=False))
     out = []
     for b in seen.batches(rows):
@@ -161,7 +161,8 @@ def out_of_fold_probs(
 )->np.ndarray: # (N, K)
     "Calibrated probabilities of listings as they are, by members that have not seen them."
     ds = copy(ds); ds.hide_description = 0.
-    return np.concatenate([net.stacked(net.out_of_fold_logits(b), b).softmax(1).numpy() for b in ds.batches()])
+    batches = ds.batches(np.flatnonzero(ds.labelled))
+    return np.concatenate([net.stacked(net.out_of_fold_logits(b), b).softmax(1).numpy() for b in batches])
 
 # %% ../../nbs/lib/training/05_fit.ipynb #d2c9e1a4
 def earlier_run(
@@ -200,13 +201,13 @@ def place_encoders(
     net,e = dm.net, dm.cfg.encoders
     if net.image and not (training and e.train_image):
         dm.encode = frozen_runtime(net.image, e.image_size, graphs, device)
-    if isinstance(net.text, HFEncoder) and device != 'cpu' and not (training and e.train_text):
-        net.text.run = TorchRuntime(net.text, device=device)
+    if device != 'cpu' and not (training and e.train_text):
+        for t in net.transformers: t.run = TorchRuntime(t, device=device)
 
 def free_encoders(dm:ProductDataModule):
     "Leave the encoders as they were: their vectors are kept, and a runtime cannot be sent to another process."
     dm.encode = None
-    if isinstance(dm.net.text, HFEncoder): dm.net.text.run = None
+    for t in dm.net.transformers: t.run = None
 
 def fill_store(dm:ProductDataModule, rows:pd.DataFrame, device:str, graphs:Path, training:bool):
     "Compute and keep the vectors of listings."
@@ -226,7 +227,7 @@ def encode_ahead(
 
 # %% ../../nbs/lib/training/05_fit.ipynb #f3fc4f01
 def prepare(
-    data:Dataset, cfg:TrainConfig, devices:Devices, seed:int, progress:bool, init:str|Path
+    data:Dataset, cfg:TrainConfig, devices:Devices, seed:int, progress:bool, init:str|Path, taught:pd.DataFrame|None
 )->tuple[ProductDataModule, str]: # With everything fitted that needs no gradient; and the key of the run
     "All that comes before the first step."
     df = data.products
@@ -234,9 +235,13 @@ def prepare(
     train = training_rows(df, hold_out)
     before = earlier_run(init, cfg, codes, train, df.productid.drop(train.index)) if init else None
     key = f"{data.manifest['version']} {data.split}"+(json.dumps(file_hashes(Path(init, 'bundle'))) if before else '')
-    net,folds = before or (build_network(cfg, train.title.tolist(), train.text.tolist(), len(codes)), None)
-    dm = ProductDataModule(data, net, codes, artifacts_dir()/'embeddings', seed, None, progress, hold_out, folds)
-    encode_ahead(dm, df[df.split != 'test'], devices, graphs_dir(), training=True)
+    if taught is not None: key += f' {pd.util.hash_pandas_object(taught, index=False).sum()}'
+    joined = lambda rows: rows if taught is None else pd.concat([rows, taught])
+    texts,rows = joined(train), joined(df[df.split != 'test'])
+    net,folds = before or (build_network(cfg, texts.title.tolist(), texts.text.tolist(), len(codes)), None)
+    store = artifacts_dir()/'embeddings'
+    dm = ProductDataModule(data, net, codes, store, seed, None, progress, hold_out, folds, taught)
+    encode_ahead(dm, rows, devices, graphs_dir(), training=True)
     dm.setup()
     free_encoders(dm)
     return dm, run_key(net.cfg, seed, key)
@@ -251,13 +256,14 @@ def fit(
     progress:bool = True, # Show progress bars
     init:str|Path = '', # Folder of an earlier training to go on from
     shared:str|Path = '', # Folder of checkpoints in which a run with another `out_dir` finds this one, if it is killed
+    taught:pd.DataFrame|None = None, # Unlabelled listings and what a teacher says of them, as in `ProductDataModule`
 )->Fitted|None: # None in all but the first of the processes that torchrun has started
     "Train, or go on where a killed run stopped, and calibrate on the validation split; the test split is not used."
     start,out_dir = time.perf_counter(), Path(out_dir)
     check_trainable(data.products); devices = choose_devices(cfg)
     torch.set_num_threads(n_threads(cfg.fit.n_threads)); pl.seed_everything(seed, verbose=False)
     with process_group(devices):
-        dm,key = from_first(lambda: prepare(data, cfg, devices, seed, progress, init))
+        dm,key = from_first(lambda: prepare(data, cfg, devices, seed, progress, init, taught))
         if run_id: log_provenance(run_id, dm.cfg, seed, data.manifest['version'])
         with run_folder(out_dir, shared, key) if is_first() else nullcontext() as own:
             folder = from_first(lambda: own)
@@ -284,7 +290,7 @@ def calibrate(
     if dm.cfg.network.members > 1:
         ids = training_rows(df, dm.hold_out).productid.to_numpy()
         probabilities = pd.DataFrame(out_of_fold_probs(net, train), columns=[f'p_{c}' for c in codes])
-        oof = pd.DataFrame(dict(productid=ids, fold=train.fold)).join(probabilities)
+        oof = pd.DataFrame(dict(productid=ids, fold=train.fold[:len(ids)])).join(probabilities)
     names = {int(c): n for c,n in data.manifest['names'].items()}
     seconds = time.perf_counter()-start
     return Fitted(net, codes, names, history, scores(probs, val.targets), triage, oof, seconds, folder)

@@ -51,9 +51,10 @@ def losses(self:ProductClassifier,
     logits:Tensor, # (M, E, B, K)
     batch:dict,
 )->Tensor: # (M, E) mean loss of each expert
-    "Cross entropies over the listings that each expert may learn from."
+    "Cross entropies with labels, or with what a teacher says, over the listings that each expert may learn from."
     m,e,b,k = logits.shape
-    each = F.cross_entropy(logits.reshape(-1, k), batch['target'].repeat(m*e), self.class_weight, reduction='none',
+    to = batch['soft'].repeat(m*e, 1) if 'soft' in batch else batch['target'].repeat(m*e)
+    each = F.cross_entropy(logits.reshape(-1, k), to, self.class_weight, reduction='none',
                            label_smoothing=self.cfg.fit.label_smoothing).reshape(m, e, b)
     members = torch.arange(m, device=each.device)
     own = (batch['fold'] == members[:, None]) & (m > 1)  # (M, B)
