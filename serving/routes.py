@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from rakuten_mm.data.image import InvalidImage
 from rakuten_mm.data.taxonomy import CATEGORIES
+from rakuten_mm.models.manifest import parts_read
 from serving import metrics, schema
 from serving.admission import AdmissionControl, ConcurrencyLimit
 from serving.auth import CHALLENGE, Authenticator, Principal
@@ -251,11 +252,10 @@ def add_about(app:FastAPI, service:Service):
 
     @app.get('/version', tags=['about'], summary='The model that answers')
     async def version()->schema.Version:
-        c = service.bundle(); e = c['train']['encoders']
-        parts = [m for m,has in (('text', e['ngrams'] or e['text']), ('image', e['image'])) if has]
+        c = service.bundle()
         return schema.Version(
             model_version=worker.version, data_version=c['info'].get('data_version', ''), categories=len(c['codes']),
-            modalities=parts, problem=watcher.problem or service.store.problem or None,
+            modalities=parts_read(c), problem=watcher.problem or service.store.problem or None,
             following=watcher.model if watcher.follows else None)
 
     @app.get('/health', tags=['about'], summary='200 while the server is alive', response_class=PlainTextResponse)

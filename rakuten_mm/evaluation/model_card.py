@@ -17,10 +17,12 @@ def model_facts(
     data:Dataset, # What it is evaluated on
 )->pd.DataFrame: # One row a fact, as text
     "List what a model reads, knows and was made from."
-    encoders,info = model.config.get('train', {}).get('encoders', {}), model.config.get('info', {})
+    configs,info = [m.config for m in getattr(model, 'models', [model])], model.config.get('info', {})
+    named = [c.get('train', {}).get('encoders', {}) for c in configs]
+    encoders = lambda part: '; '.join(dict.fromkeys(e[part] for e in named if e.get(part)))
     n = data.products.split.value_counts()
     facts = {'reads': ' + '.join(model.modalities),
-             'text encoder': encoders.get('text'), 'image encoder': encoders.get('image'),
+             'text encoder': encoders('text') or None, 'image encoder': encoders('image') or None,
              'image side (pixels)': model.size if 'image' in model.modalities else None, 'categories': len(model.codes),
              'data version': info.get('data_version'), 'split': data.split,
              'listings': ', '.join(f'{s} {n[s]:,}' for s in ('train', 'val', 'test') if s in n),

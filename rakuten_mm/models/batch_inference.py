@@ -51,7 +51,7 @@ def prepare_row(
     images:ImageFolder|None,
 )->tuple[Prepared|None, str, str]: # The listing, None if there is nothing to read; and as `read_picture`
     "A listing of a products file, as good as it can be had."
-    data,picture,detail = read_picture(row, images) if model.net.image else (None, '', '')
+    data,picture,detail = read_picture(row, images) if 'image' in model.modalities else (None, '', '')
     if data is not None:
         try: return model.prepare(row.designation, row.description, data), picture, detail
         except InvalidImage as e: picture,detail = 'invalid', f'{detail}: {e}'

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['pooling_of', 'HFEncoder', 'model_class', 'text_model', 'hf_encoder', 'ImageEncoder', 'quarters', 'package_weights',
-           'timm_name', 'image_encoder', 'GraphEncoder', 'sentence_encoder', 'StaticEncoder', 'encoder_fingerprint']
+           'timm_name', 'image_encoder', 'GraphEncoder', 'sentence_encoder', 'StaticEncoder', 'named_encoders',
+           'TextEncoders', 'ImageEncoders', 'encoder_fingerprint']
 
 # %% ../../nbs/lib/models/00_encoders.ipynb #2f6eeaef
 import hashlib, importlib.util, json
@@ -264,6 +265,43 @@ def encode(self:HFEncoder,
         out[rows] = self.run(**{k: v.numpy() for k,v in batch.items()}) if self.run else self(batch).float().numpy()
     return out
 
+# %% ../../nbs/lib/models/00_encoders.ipynb #680b2b2e
+def named_encoders(
+    spec:str|None # Of a configuration
+)->list[str]:
+    "The encoders that a configuration names."
+    return [s.strip() for s in spec.split(' + ')] if spec else []
+
+class TextEncoders(nn.Module):
+    "Text encoders side by side."
+    def __init__(self,
+        each:list[HFEncoder|StaticEncoder]
+    ):
+        super().__init__()
+        self.each,self.dim = nn.ModuleList(each), sum(e.dim for e in each)
+
+    def encode(self, titles:list[str], descriptions:list[str])->np.ndarray: # (N, D) float32
+        "Vectors of listings; 0 for one without text."
+        return np.concatenate([e.encode(titles, descriptions) for e in self.each], 1)
+
+class ImageEncoders(ImageEncoder):
+    "Image encoders side by side; as one, they make one graph."
+    def __init__(self,
+        each:list[ImageEncoder]
+    ):
+        nn.Module.__init__(self)
+        self.each,self.dim = nn.ModuleList(each), sum(e.dim for e in each)
+        self.architecture = [e.architecture for e in each]
+
+    @property
+    def mean(self)->Tensor:
+        "The mean colour of the first one's training; its device is that of all."
+        return self.each[0].mean
+
+    def forward(self, pixels:Tensor)->Tensor: # (B, H, W, 3) uint8 to (B, D)
+        "Pooled features of a batch of images."
+        return torch.cat([e(pixels) for e in self.each], 1)
+
 # %% ../../nbs/lib/models/00_encoders.ipynb #1b584c38
 def encoder_fingerprint(
     encoder:nn.Module,
@@ -271,7 +309,7 @@ def encoder_fingerprint(
 )->str:
     "16 hexadecimal digits that change when the encoder's output would."
     h = hashlib.sha256(repr((type(encoder).__name__, *extra)).encode())
-    if isinstance(encoder, StaticEncoder):
-        h.update(encoder.encode(['Livre de poche: 2 étuis à vélo'], ['']).round(3).tobytes())
+    for e in encoder.modules():
+        if isinstance(e, StaticEncoder): h.update(e.encode(['Livre de poche: 2 étuis à vélo'], ['']).round(3).tobytes())
     for k,v in encoder.state_dict().items(): h.update(k.encode()); h.update(v.cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['FUSIONS', 'EnsembleLinear', 'Concat', 'Gated', 'Attention', 'drop', 'Experts', 'modality_dropout', 'MultimodalNet',
-           'text_encoder', 'build_network']
+           'text_encoder', 'image_encoders', 'build_network']
 
 # %% ../../nbs/lib/models/08_network.ipynb #7227028b
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..core.config import EncoderConfig, NetworkConfig, TrainConfig
-from .encoders import HFEncoder, ImageEncoder, StaticEncoder, image_encoder, hf_encoder
+from .encoders import (HFEncoder, ImageEncoder, ImageEncoders, StaticEncoder, TextEncoders,
+                                        hf_encoder, image_encoder, named_encoders)
 from .lda import LDAExpert
 from .ngrams import LinearExpert, NgramEncoder
 from .standardize import StandardizePCA
@@ -144,7 +145,7 @@ class MultimodalNet(nn.Module):
     "Encoders, members, the experts that need no gradient, and the stack that weighs them all."
     def __init__(self,
         ngrams:NgramEncoder|None,
-        text:HFEncoder|StaticEncoder|None,
+        text:HFEncoder|StaticEncoder|TextEncoders|None,
         image:ImageEncoder|None,
         n_classes:int, # `K`
         cfg:TrainConfig = TrainConfig(),
@@ -160,6 +161,16 @@ class MultimodalNet(nn.Module):
         self.linear = LinearExpert(len(ngrams.buckets), n_classes) if ngrams else None
         self.gaussian = LDAExpert(kept, n_classes, cfg.network.members) if not cfg.fine_tunes else None
         self.stack = Stack(['linear']*bool(ngrams)+['gaussian']*(not cfg.fine_tunes)+list(self.experts.each))
+
+    @property
+    def transformers(self)->list[HFEncoder]:
+        "The text encoders that are networks."
+        return [e for e in self.text_encoders if isinstance(e, HFEncoder)]
+
+    @property
+    def text_encoders(self)->list[HFEncoder|StaticEncoder]:
+        "All text encoders but the n-grams."
+        return [*getattr(self.text, 'each', [] if self.text is None else [self.text])]
 
 # %% ../../nbs/lib/models/08_network.ipynb #411eb21d
 @patch
@@ -207,16 +218,29 @@ def ensemble_logits(self:MultimodalNet, batch:dict)->Tensor: # (B, K)
 # %% ../../nbs/lib/models/08_network.ipynb #30bef47a
 def text_encoder(
     e:EncoderConfig
-)->HFEncoder|StaticEncoder|None:
-    "The text encoder of a configuration beside the n-grams; raises `ValueError` for an unknown one."
-    if e.text is None: return None
-    if e.text == 'use': return StaticEncoder(e)
-    if not e.text.startswith('hf:'):
-        raise ValueError(f'unknown text encoder {e.text!r}; use `use` or hf:<folder or hub id>')
-    out = hf_encoder(e.text.removeprefix('hf:'), e).requires_grad_(e.train_text)
-    if e.checkpointing and e.train_text: out.model.gradient_checkpointing_enable(dict(use_reentrant=False))
-    return out
+)->HFEncoder|StaticEncoder|TextEncoders|None:
+    "The text encoders of a configuration beside the n-grams; raises `ValueError` for an unknown one."
+    def one(spec):
+        if spec == 'use': return StaticEncoder(e)
+        if not spec.startswith('hf:'):
+            raise ValueError(f'unknown text encoder {spec!r}; use `use` or hf:<folder or hub id>')
+        return hf_encoder(spec.removeprefix('hf:'), e).requires_grad_(e.train_text)
+    each = [one(s) for s in named_encoders(e.text)]
+    if e.checkpointing and e.train_text: each[0].model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    return TextEncoders(each) if len(each) > 1 else each[0] if each else None
 
+def image_encoders(
+    e:EncoderConfig
+)->ImageEncoder|None:
+    "The image encoders of a configuration; raises `ValueError` for an unknown one."
+    def one(spec):
+        if not spec.startswith('timm:'): raise ValueError(f'unknown image encoder {spec!r}; use timm:<name or folder>')
+        return image_encoder(spec, e.image_levels, e.image_size).requires_grad_(e.train_image)
+    each = [one(s) for s in named_encoders(e.image)]
+    if e.checkpointing and e.train_image: each[0].model.set_grad_checkpointing()
+    return ImageEncoders(each) if len(each) > 1 else each[0] if each else None
+
+# %% ../../nbs/lib/models/08_network.ipynb #462d89e2
 def build_network(
     cfg:TrainConfig,
     titles:list[str], # Clean titles of the training split
@@ -227,16 +251,15 @@ def build_network(
     e = cfg.encoders
     if not cfg.modalities: raise ValueError('a model needs a text encoder, an image encoder, or both')
     if cfg.fine_tunes and cfg.network.members > 1:
-        raise ValueError('an encoder that is fine-tuned has seen every fold; set network.members to 1')
+        raise ValueError('an encoder that is fine-tuned has seen every fold; set network.members to 1, '
+                         'or train with --folds')
+    for spec,moves in ((e.text, e.train_text), (e.image, e.train_image)):
+        if moves and len(named_encoders(spec)) > 1:
+            raise ValueError(f'{spec!r}: encoders are fine-tuned one at a time; train them apart, then join them')
     if e.train_text and not (e.text or '').startswith('hf:'):
         raise ValueError(f'{e.text!r} cannot be fine-tuned; use hf:<folder or hub id>')
-    if e.image and not e.image.startswith('timm:'):
-        raise ValueError(f'unknown image encoder {e.image!r}; use timm:<name or folder>')
     ngrams = NgramEncoder.fit(titles, descriptions, e).requires_grad_(False) if e.ngrams else None
-    text,image = text_encoder(e), image_encoder(e.image, e.image_levels, e.image_size) if e.image else None
-    if image: image.requires_grad_(e.train_image)
-    if image and e.checkpointing and e.train_image: image.model.set_grad_checkpointing()
-    return MultimodalNet(ngrams, text, image, n_classes, cfg)
+    return MultimodalNet(ngrams, text_encoder(e), image_encoders(e), n_classes, cfg)
 
 # %% ../../nbs/lib/models/08_network.ipynb #ad0b7a12
 @patch

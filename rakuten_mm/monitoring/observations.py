@@ -11,10 +11,9 @@ __all__ = ['FEATURES', 'PROJECTION_DIM', 'PARTS', 'small_detector', 'quick_langu
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd
 from PIL import Image
 from lingua import LanguageDetector, LanguageDetectorBuilder
-from ..models.inputs import ProductDataset
 from ..core.environment import artifacts_dir
 from ..data.dataset import Dataset
 from ..models.embeddings import load_squares
@@ -152,15 +151,13 @@ def of_dataset(
     "Make a request log from rows of a dataset, with their labels."
     rows = rows[rows.prdtypecode.isin(model.codes)]
     store_dir = store_dir or artifacts_dir()/'embeddings'
-    ds = ProductDataset(rows, model.net, model.codes, images_dir, store_dir, model.encode, progress)
-    with torch.inference_mode(): probs,vectors = zip(*map(model.probs_and_vectors, ds.batches()), strict=True)
-    probs,has = np.concatenate(probs), dict(text=ds.has_text, image=ds.has_image)
-    projected = project({m: np.concatenate([v[m] for v in vectors]) for m in vectors[0]})
-    projected = {m: np.where(has[m][:, None], v, np.nan) for m,v in projected.items()}
-    size = model.size if model.net.image else None
+    probs,vectors,has = model.probs_and_vectors_of(rows, images_dir, store_dir, progress)
+    projected = {m: np.where(has[m][:, None], v, np.nan) for m,v in project(vectors).items()}
+    size = model.size if 'image' in model.modalities else None
     features = [f for i in range(0, len(rows), 256) for f in features_of(rows.iloc[i:i+256], images_dir, size)]
     lanes = model.triage.lanes(probs) if model.triage else ['review']*len(rows)
-    return assemble(features, probs, projected, map(str, lanes), model.codes, ds.targets)
+    targets = pd.Index(model.codes).get_indexer(rows.prdtypecode)
+    return assemble(features, probs, projected, map(str, lanes), model.codes, targets)
 
 def features_of(
     rows:pd.DataFrame, # Rows of `Dataset.products`

@@ -10,12 +10,11 @@ import json, shutil
 from contextlib import nullcontext
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from ..models.bundle import save_bundle
+from ..models.bundle import save_bundle, text_names
 from ..core.config import TrainConfig, single_modality
 from ..core.environment import graphs_dir
 from ..data.dataset import Dataset
 from ..models.embeddings import load_squares
-from ..models.encoders import HFEncoder
 from .checkpoints import discard
 from .fit import Fitted, fit
 from ..models.network import MultimodalNet
@@ -37,9 +36,9 @@ def choose_runtimes(
         pixels = load_squares([n for n in rows.image.unique() if n][:32], images_dir, e.image_size)
         graph = kept_graph(net.image, e.image_size, graphs) if pixels and 'onnx' in names else None
         if pixels: out['image'] = fastest(net.image, np.stack([*pixels.values()]), rounds=3, names=names, graph=graph)
-    if isinstance(net.text, HFEncoder):
-        tokens = net.text.tokenize(rows.title.tolist()[:64], rows.text.tolist()[:64])
-        out['text'] = fastest(net.text, tokens, rounds=3, names=names)
+    for name,t in zip(text_names(net), net.transformers, strict=True):
+        tokens = t.tokenize(rows.title.tolist()[:64], rows.text.tolist()[:64])
+        out[name] = fastest(t, tokens, rounds=3, names=names)
     return out
 
 @torch.inference_mode()
