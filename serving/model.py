@@ -1,6 +1,8 @@
 "The model that the worker answers with. Only the worker imports this, and with it PyTorch."
 import base64
 import math
+import statistics
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -40,11 +42,14 @@ class ServedModel:
         self.predictor = cast(Any, Predictor.load(bundle, light=True))  # type checkers do not see patched methods
         self.version = version
         if 'text' in self.predictor.modalities: self.predictor.predict([Prepared('warm up')])
+        took = []
         for g in read_golden(bundle):
-            got,want = self.answer([self.prepare(g)])[0], g['prdtypecode']
+            start = time.monotonic(); got,want = self.answer([self.prepare(g)])[0], g['prdtypecode']
+            took.append(time.monotonic()-start)
             if isinstance(got, Problem) or got.prdtypecode != want or abs(got.probability-g['probability']) > .02:
                 said = getattr(got, 'prdtypecode', got)
                 raise ValueError(f"it answers a golden product differently here ({g['designation'][:40]!r}: {said})")
+        self.listing_s = statistics.median(took) if took else 0. # Seconds of a listing, which bound the first batch
 
     def prepare(self, p:dict)->PreparedListing|Problem:
         "A listing cleaned and decoded, or the problem with it."

@@ -71,8 +71,11 @@ class MicroBatches(LitLoop):
     def __init__(self, batch_size:int, wait_s:float):
         super().__init__()
         self.batch_size,self.wait_s,self.each_s = batch_size,wait_s,0. # Seconds of a listing in the last batch
+        self.model:ServedModel|None = None # Whose `each_s` it is
 
-    def most(self)->int:
+    def most(self, model:'ServedModel')->int:
+        "Listings in the next batch; of a model that is new here, by the time of its golden products."
+        if self.model is not model: self.model,self.each_s = model,model.listing_s
         return max(1, min(self.batch_size, int(BATCH_S/self.each_s))) if self.each_s else self.batch_size
 
     def run(self, lit_api:'ProductAPI', device, worker_id, request_queue:Connection, # type: ignore[override]
@@ -83,7 +86,7 @@ class MicroBatches(LitLoop):
         pool = ThreadPoolExecutor(n_threads(lit_api.threads))
         send(('ready', lit_api.version))
         while True:
-            jobs = waiting.take(self.most(), self.wait_s)
+            jobs = waiting.take(self.most(lit_api.model), self.wait_s)
             lit_api.change_model(send)
             for j in jobs:
                 if j.op == 'ping': send(('progress',))

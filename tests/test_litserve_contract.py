@@ -96,3 +96,13 @@ def test_transport_is_what_a_worker_may_be_given():
     assert read.recv() == ('ready', 'v1')
     transport.close()
     assert write.closed
+
+
+def test_the_first_batch_of_a_slow_model_is_small(bundle):
+    "A worker would be taken to hang over a whole one; golden products say how long a listing takes."
+    from serving.budgets import BATCH_S
+    from serving.model import ServedModel
+    model,loop = ServedModel(bundle, 'v1'), MicroBatches(64, .001)
+    assert 0 < model.listing_s < 1 and loop.most(model) > 2
+    model.listing_s = BATCH_S/2.5
+    assert MicroBatches(16, .001).most(model) == 2

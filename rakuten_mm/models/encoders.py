@@ -46,8 +46,9 @@ class HFEncoder(nn.Module):
         self.dim = getattr(model.config, 'projection_size', 0) or model.config.hidden_size
         if self.pooling != 'tower' and getattr(model, 'pooler', None) is not None: model.pooler = None  # not used
         self.fills = model.config.model_type.startswith('siglip')  # was trained on texts filled up, unmasked
-        self.length = min(cfg.max_tokens, getattr(model.config, 'max_position_embeddings', None) or cfg.max_tokens,
-                          tokenizer.model_max_length)
+        before = getattr(getattr(model, 'embeddings', None), 'padding_idx', -1)+1  # RoBERTa counts positions from there
+        most = getattr(model.config, 'max_position_embeddings', None) or cfg.max_tokens+before
+        self.length = min(cfg.max_tokens, most-before, tokenizer.model_max_length)
         tokenizer.padding_side = 'right'
         self.run = None  # another runtime than PyTorch on the processor
 
