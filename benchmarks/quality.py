@@ -40,7 +40,7 @@ from rakuten_mm.models.encoders import encoder_fingerprint, hf_encoder, image_en
 from rakuten_mm.models.inputs import ProductDataset
 from rakuten_mm.models.stacking import STATES
 from rakuten_mm.stats.calibration import ece
-from rakuten_mm.stats.triage import resample_guarantee
+from rakuten_mm.stats.triage import Triage
 from rakuten_mm.training.fit import expert_logits, fit, out_of_fold_probs
 
 F1 = 'weighted', 'macro'
@@ -129,7 +129,31 @@ def ours(data:Dataset, cfg, codes:list[int], seed:int, out_dir:Path)->dict:
         f1[f'{s}_expert'] = max(score(z) for n,z in zip(net.stack.names, logits, strict=True) if n in names)
     probs = np.zeros((len(test), len(codes)))
     probs[:, [codes.index(c) for c in fitted.codes]] = out_of_fold_probs(net, test)
-    return dict(probs=probs, seconds=fitted.seconds, **f1)
+    return dict(probs=probs, seconds=fitted.seconds, **f1, **lanes_of(fitted.triage, probs, test.targets))
+
+
+def lanes_of(triage:Triage, probs:np.ndarray, targets:np.ndarray)->dict:
+    "What the lanes that were deployed did on the test rows: what is auto and right, and the lists for reviewers."
+    lanes,top = triage.lanes(probs), probs.argmax(1)
+    shown = np.array([t in s for t,s in zip(targets, triage.sets(probs), strict=True)])
+    return dict(auto=lanes == 'auto', right=top == targets, listed=np.where(lanes == 'review', shown, np.nan))
+
+
+def deployed(mine:list, target:float = .99, draws:int = 200)->dict:
+    "How often what was deployed keeps its promise, in draws of test rows with their groups, and how much is auto."
+    rng,kept,rows = np.random.default_rng(0), [], []
+    for seed in sorted({m['seed'] for m in mine}):
+        own = [m for m in mine if m['seed'] == seed]
+        auto,right,groups = (np.concatenate([m[k] for m in own]) for k in ('auto', 'right', 'groups'))
+        each = pd.DataFrame(dict(g=groups, n=auto, k=auto & right)).groupby('g')[['n', 'k']].sum().to_numpy()
+        for _ in range(draws):
+            n,k = each[rng.integers(len(each), size=len(each))].sum(0)
+            kept.append(n == 0 or k/n >= target)
+        rows.append((auto.sum(), (auto & right).sum(), len(auto)))
+    n,k,total = np.array(rows).sum(0)
+    listed = np.concatenate([m['listed'] for m in mine])
+    return dict(promise_held=float(np.mean(kept)), auto_coverage=n/total, auto_accuracy=k/max(n, 1),
+                review_list_coverage=float(np.nanmean(listed)), empty_auto=sum(1 for r in rows if not r[0]))
 
 
 def bench(args, work:Path)->dict:
@@ -151,7 +175,8 @@ def bench(args, work:Path)->dict:
             found = {n: dict(probs=p) for n,p in baselines(d, dense, y, chosen).items()}
             took = time.perf_counter()-begin
             found[name] = ours(d, cfg, codes, seed, work/'run')
-            mine.append((seed, found[name]['probs'], y[test], groups[test]))
+            lanes = {k: found[name].pop(k) for k in ('auto', 'right', 'listed')}
+            mine.append(dict(seed=seed, probs=found[name]['probs'], targets=y[test], groups=groups[test]) | lanes)
             for n,r in found.items():
                 preds = r.pop('probs').argmax(1)
                 rows.append(dict(model=n, seed=seed, **{f: f1_score(y[test], preds, average=f) for f in F1}, **r))
@@ -168,16 +193,12 @@ def figures(df:pd.DataFrame, name:str, mine:list)->dict:
     print(by_seed.round(4).to_string())
     mean,ours = by_seed.xs('mean', axis=1, level=1), df[df.model == name]
     margin = mean.loc[name]-mean.drop(name).max()
-    joined = lambda parts: [np.concatenate(p) for p in list(zip(*parts, strict=True))[1:]]
-    seeds = sorted({m[0] for m in mine})  # of one seed no listing is there twice
-    draws = [resample_guarantee(*joined(m for m in mine if m[0] == s), n=200, seed=s) for s in seeds]
-    promise = pd.DataFrame(draws).mean()
+    error = ece(*(np.concatenate([m[k] for m in mine]) for k in ('probs', 'targets')))
     table = {m: {f: by_seed.loc[m, f].to_dict() for f in F1} for m in by_seed.index}
     return {f'{f}_f1_margin': margin[f] for f in F1} | {f'{f}_f1': mean.loc[name, f] for f in F1} | dict(
         best_baseline=mean.drop(name).weighted.idxmax(), text_only_gap=(ours.text_only-ours.text_expert).mean(),
-        image_only_gap=(ours.image_only-ours.image_expert).mean(), ece=ece(*joined(mine)[:2]),
-        promise_held=promise.held, auto_coverage=promise.coverage, auto_accuracy=promise.accuracy,
-        naive_held=promise.naive_held, naive_coverage=promise.naive_coverage, fit_s=ours.seconds.median(), table=table)
+        image_only_gap=(ours.image_only-ours.image_expert).mean(), ece=error,
+        **deployed(mine), fit_s=ours.seconds.median(), table=table)
 
 
 if __name__ == '__main__':

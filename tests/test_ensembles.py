@@ -68,12 +68,20 @@ def test_whatever_takes_a_bundle_takes_an_ensemble(joined, data_dir, tmp_path):
 
 
 def test_trainings_that_cannot_be_joined(bundle, data_dir, tmp_path):
-    "Another split, or validation listings that one has learnt."
+    "Another split."
     with pytest.raises(ValueError, match='was trained on the grouped split'):
         join([bundle.parent]*2, Dataset.open(data_dir, split='time'), tmp_path)
+
+
+def test_validation_listings_that_were_learnt(bundle, data_dir, tmp_path):
+    "Are judged out of fold, as everything is where members leave folds out."
     data,cfg = Dataset.open(data_dir), replace(SHORT, fit=replace(SHORT.fit, hold_out='auto'))
-    export(fit(data, cfg, tmp_path/'all', progress=False), data, tmp_path/'all')
-    with pytest.raises(ValueError, match='validation listings too'): join([tmp_path/'all']*2, data, tmp_path)
+    fitted = fit(data, cfg, tmp_path/'all', progress=False)
+    export(fitted, data, tmp_path/'all')
+    model = Predictor.load(join([tmp_path/'all', bundle.parent], data, tmp_path, progress=False))
+    val = data.products[data.products.split == 'val']
+    assert len(fitted.oof) > len(val) and set(val.productid) <= set(fitted.oof.productid)
+    assert model.triage.n_calibration == len(val) and fitted.triage.n_calibration == len(fitted.oof)
 
 
 def test_folds_go_on_after_a_kill(data_dir, tmp_path, monkeypatch):

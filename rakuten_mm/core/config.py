@@ -62,7 +62,7 @@ class FitConfig:
     lr:float = 8e-3 # Peak learning rate
     weight_decay:float = 0.05 # AdamW weight decay
     label_smoothing:float = 0.1 # Share of the target that is spread over all classes
-    hold_out:str = 'auto' # Leave the validation listings out: `always`, or `auto`, if they can prove a guarantee
+    hold_out:str = 'auto' # Leave the validation listings out: `always`, or `auto`, if one network learns all others
     class_balance:float = 0. # Loss weight of a class: its size to the power of minus this; 0 is by listing, 1 by class
     n_threads:int = 0 # CPU threads for PyTorch; 0 takes every core this process may use
     encoder_lr:float = 2e-5 # Peak learning rate of the last layer of an encoder being fine-tuned

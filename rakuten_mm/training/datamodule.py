@@ -6,7 +6,6 @@
 __all__ = ['assign_folds', 'holds_out', 'training_rows', 'EpochSampler', 'ProductDataModule', 'mark_seen']
 
 # %% ../../nbs/lib/training/01_datamodule.ipynb #6ed2eefb
-import math
 import numpy as np, pandas as pd, torch
 import pytorch_lightning as pl
 from fastcore.basics import patch
@@ -40,15 +39,12 @@ def assign_folds(
 
 # %% ../../nbs/lib/training/01_datamodule.ipynb #1f6e0b9c
 def holds_out(
-    products:pd.DataFrame, # Columns split, group
     cfg:FitConfig,
     members:int, # Of the network; a single one has seen all it was trained on
-    target:float = .99, delta:float = .05, # Of the guarantee, as in `fit_triage`
 )->bool:
     "True if the validation listings are kept out of training; raises `ValueError` for an unknown `hold_out`."
     if cfg.hold_out not in ('auto', 'always'): raise ValueError(f'no hold_out {cfg.hold_out!r}; choose auto or always')
-    enough = products.group[products.split == 'val'].nunique() >= math.log(delta)/math.log(target)
-    return cfg.hold_out == 'always' or members == 1 or enough
+    return cfg.hold_out == 'always' or members == 1
 
 def training_rows(products:pd.DataFrame, hold_out:bool)->pd.DataFrame:
     "The listings to train on."

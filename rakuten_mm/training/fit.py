@@ -231,7 +231,7 @@ def prepare(
 )->tuple[ProductDataModule, str]: # With everything fitted that needs no gradient; and the key of the run
     "All that comes before the first step."
     df = data.products
-    hold_out,codes = holds_out(df, cfg.fit, cfg.network.members), sorted(int(c) for c in df.prdtypecode.unique())
+    hold_out,codes = holds_out(cfg.fit, cfg.network.members), sorted(int(c) for c in df.prdtypecode.unique())
     train = training_rows(df, hold_out)
     before = earlier_run(init, cfg, codes, train, df.productid.drop(train.index)) if init else None
     key = f"{data.manifest['version']} {data.split}"+(json.dumps(file_hashes(Path(init, 'bundle'))) if before else '')
@@ -285,12 +285,14 @@ def calibrate(
     fit_stack(net, train, val, dm.hold_out)
     probs = out_of_fold_probs(net, val)
     check_learnt(probs.argmax(1), val.targets)
-    triage = fit_triage(probs, val.targets, df[df.split == 'val'].group.to_numpy())
-    oof = pd.DataFrame()
+    judged,oof = [(probs, val.targets, df[df.split == 'val'].group)], pd.DataFrame()
+    rows = training_rows(df, dm.hold_out)
     if dm.cfg.network.members > 1:
-        ids = training_rows(df, dm.hold_out).productid.to_numpy()
-        probabilities = pd.DataFrame(out_of_fold_probs(net, train), columns=[f'p_{c}' for c in codes])
-        oof = pd.DataFrame(dict(productid=ids, fold=train.fold[:len(ids)])).join(probabilities)
+        own,n = out_of_fold_probs(net, train), len(rows)
+        judged = [(own, train.targets[:n], rows.group), *(judged if dm.hold_out else [])]
+        oof = pd.DataFrame(dict(productid=rows.productid.to_numpy(), fold=train.fold[:n]))
+        oof = oof.join(pd.DataFrame(own, columns=[f'p_{c}' for c in codes]))
+    triage = fit_triage(*(np.concatenate(x) for x in zip(*judged, strict=True)))
     names = {int(c): n for c,n in data.manifest['names'].items()}
     seconds = time.perf_counter()-start
     return Fitted(net, codes, names, history, scores(probs, val.targets), triage, oof, seconds, folder)
