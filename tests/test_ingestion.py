@@ -438,3 +438,9 @@ def test_a_manifest_proves_its_files(raw, tmp_path):
     assert json.loads((data.folder/'manifest.json').read_text())['classes'] == counts
     part = Path(data.parts[0]); part.write_bytes(part.read_bytes()[:-1]+b'x')
     with pytest.raises(ValueError, match='does not match its manifest'): Dataset.open(tmp_path/'data')
+
+
+def test_what_checks_listings_is_small():
+    "It runs in as many processes as there are cores; tables are read in one."
+    said = "import sys, rakuten_mm.data.features; print({'pandas', 'pyarrow', 'torch', 'sklearn'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, '-c', said], capture_output=True, text=True).stdout == 'set()\n'

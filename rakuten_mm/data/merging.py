@@ -97,7 +97,7 @@ def mark_placeholders(
 )->pd.DataFrame: # The same, with `placeholder` as it is now
     "Mark the listings whose picture says nothing about them."
     t = read_parts(paths, index, ['title', 'text_code', 'image_hash']).combine_chunks()
-    marked = placeholders(raw_bytes(t, 'image_hash'), t['text_code'].to_numpy(), t['title'].to_pandas(),
+    marked = placeholders(raw_bytes(t, 'image_hash'), t['text_code'].to_numpy(), t['title'].to_numpy(),
                           index.prdtypecode.to_numpy(), index.placeholder.to_numpy())
     return index.assign(placeholder=marked)
 

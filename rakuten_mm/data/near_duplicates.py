@@ -11,7 +11,7 @@ __all__ = ['PERMUTATIONS', 'HASH_BYTES', 'IMAGE_RADIUS', 'TEXT_SIMILARITY', 'PLA
 # %% ../../nbs/lib/data/06_near_duplicates.ipynb #6d9e48a5
 import hashlib, re, unicodedata, zlib
 from functools import cache
-import numpy as np, pandas as pd
+import numpy as np
 import scipy.fft
 from datasketch import MinHash
 from scipy.sparse import coo_matrix
@@ -152,7 +152,7 @@ def components(
 def placeholders(
     hashes:np.ndarray, # (N, 32) uint8
     text_codes:np.ndarray, # (N,) int64
-    titles:pd.Series, # (N,) clean titles
+    titles:np.ndarray, # (N,) clean titles, as objects
     categories:np.ndarray, # (N,) int64
     known:np.ndarray, # (N,) bool: listings that had a placeholder before
     sample:int = 40, # Most titles of a picture that are compared
@@ -167,7 +167,7 @@ def placeholders(
         most = np.unique(categories[rows], return_counts=True)[1].max()
         if len(rows) < PLACEHOLDER_LISTINGS_OF_ONE and most > len(rows)/2: continue
         some = rows[np.linspace(0, len(rows)-1, min(len(rows), sample)).astype(int)]
-        out[rows] |= unrelated(titles.iloc[some].tolist())
+        out[rows] |= unrelated(titles[some].tolist())
     return out
 
 # %% ../../nbs/lib/data/06_near_duplicates.ipynb #7b423810
