@@ -33,6 +33,8 @@ class PreparedListing(Prepared):
 
 class ServedModel:
     "A predictor that gives its bundle's golden answers, and for which one bad listing is one problem."
+    listing_s = 0. # Seconds of a listing, which bound the first batch; 0: not known
+
     def __init__(self,
         bundle:str|Path, # Folder of a verified bundle
         version:str, # Its name in answers
@@ -49,7 +51,7 @@ class ServedModel:
             if isinstance(got, Problem) or got.prdtypecode != want or abs(got.probability-g['probability']) > .02:
                 said = getattr(got, 'prdtypecode', got)
                 raise ValueError(f"it answers a golden product differently here ({g['designation'][:40]!r}: {said})")
-        self.listing_s = statistics.median(took) if took else 0. # Seconds of a listing, which bound the first batch
+        if took: self.listing_s = statistics.median(took)
 
     def prepare(self, p:dict)->PreparedListing|Problem:
         "A listing cleaned and decoded, or the problem with it."

@@ -258,7 +258,7 @@ def test_f66_beside_a_products_file(tmp_path):
     "What a listing has instead of a picture costs this listing its picture, and the file nothing."
     seen = []
     class Model:
-        net = SimpleNamespace(image=True)
+        modalities = 'text','image'
         def prepare(self, designation, description, data=None):
             seen.append(data)
             return Prepared(designation)

@@ -8,6 +8,7 @@ __all__ = ['Prepared', 'Prediction', 'is_ensemble', 'Predictor', 'add_golden']
 # %% ../../nbs/lib/models/12_predictor.ipynb #d58608d7
 import base64, json
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
@@ -73,9 +74,8 @@ class Predictor:
         light:bool = False, # Only to answer single listings: what `probs_of` needs beyond that is left out
     )->'Predictor':
         "The predictor of a bundle, on `inference_device`; raises `BundleError`, or `ValueError` if that is not there."
-        if cls is Predictor and is_ensemble(bundle):
-            from rakuten_mm.models.ensemble import EnsemblePredictor
-            return EnsemblePredictor.load(bundle, threads, light)
+        if cls is Predictor and is_ensemble(bundle):  # by its name, since an ensemble is a predictor itself
+            return import_module('rakuten_mm.models.ensemble').EnsemblePredictor.load(bundle, threads, light)
         net,config = load_bundle(bundle, threads, light and inference_device() == 'cpu')
         path,image = Path(bundle, 'triage.json'), Path(bundle, 'image.onnx')
         model = cls(net, config, Triage.from_dict(json.loads(path.read_text())) if path.exists() else None)
