@@ -95,8 +95,9 @@ def candidate_explanations(
     known = win.take(np.isin(states(win), states(ref)))  # nothing is known of a state that never occurred
     shares = pd.Series(states(known)).value_counts(normalize=True).to_dict()
     out = {}
-    if label in causes: out[label,] = find_shifts(ref, win, to_estimate(ref, win), limits, (parts, content))
+    # parts first: that they are missing is seen, and what the labels are is only estimated
     if parts in causes: out[parts,] = find_shifts(ref, known, to_states(ref, shares), limits, (label, content))
+    if label in causes: out[label,] = find_shifts(ref, win, to_estimate(ref, win), limits, (parts, content))
     if {label, parts} <= causes:
         out[label, parts] = find_shifts(ref, known, to_estimate(ref, known, True), limits, (content,))
     return out
