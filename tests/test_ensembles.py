@@ -28,6 +28,7 @@ def joined(bundle, data_dir, tmp_path_factory):
     return join([bundle.parent, home/'text'], data, home, progress=False)
 
 
+@pytest.mark.system
 def test_encoders_side_by_side(data_dir, tmp_path):
     "Two text encoders and two image encoders train, export, agree with their graphs and load again."
     for name in ('words', 'pictures'): (tmp_path/name).mkdir()
@@ -73,6 +74,7 @@ def test_trainings_that_cannot_be_joined(bundle, data_dir, tmp_path):
         join([bundle.parent]*2, Dataset.open(data_dir, split='time'), tmp_path)
 
 
+@pytest.mark.system
 def test_validation_listings_that_were_learnt(bundle, data_dir, tmp_path):
     "Are judged out of fold, as everything is where members leave folds out."
     data,cfg = Dataset.open(data_dir), replace(SHORT, fit=replace(SHORT.fit, hold_out='auto'))
@@ -84,6 +86,7 @@ def test_validation_listings_that_were_learnt(bundle, data_dir, tmp_path):
     assert model.triage.n_calibration == len(val) and fitted.triage.n_calibration == len(fitted.oof)
 
 
+@pytest.mark.system
 def test_folds_go_on_after_a_kill(data_dir, tmp_path, monkeypatch):
     "What was trained before stays; what comes out is an ensemble that has seen every listing, and judged it unseen."
     data,cfg = Dataset.open(data_dir), replace(SHORT, network=replace(SHORT.network, members=1))
