@@ -160,7 +160,7 @@ PRESETS = {
 # %% ../../nbs/lib/core/00_config.ipynb #ffbf105d
 NEEDS = { # By preset: where it runs, its memory, its time
     'cpu': 'two cores, 2 GB; a minute. Pictures and texts through small frozen encoders',
-    'cpu-plus': 'two cores, 3 GB; four minutes. The same with e5 and lite2, in models/multilingual-e5-small and '
+    'cpu-plus': 'two cores, 3 GB; about four minutes. The same with e5 and lite2, in models/multilingual-e5-small and '
                 'models/tf_efficientnet_lite2',
     'cpu-text': 'two cores, 2 GB; half a minute. Texts alone',
     'cpu-image': 'two cores, 2 GB; a minute. Pictures alone',
