@@ -6,7 +6,7 @@
 __all__ = ['LEAST', 'joined_probs', 'states_of', 'EnsemblePredictor', 'save_ensemble']
 
 # %% ../../nbs/lib/models/15_ensemble.ipynb #1dfe00bf
-import json, os, shutil
+import json, shutil
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -16,9 +16,9 @@ from scipy.special import softmax
 
 # %% ../../nbs/lib/models/15_ensemble.ipynb #9d29ea3b
 import rakuten_mm
-from .bundle import FORMAT
-from .manifest import BundleError, parts_read, verify_manifest, write_manifest
-from .predictor import Predictor, Prepared
+from .bundle import FORMAT, new_bundle, verified_config
+from .manifest import parts_read
+from .predictor import Predictor, Prepared, read_triage
 from .stacking import state_of
 from ..stats.triage import Triage
 
@@ -60,13 +60,9 @@ class EnsemblePredictor(Predictor):
     @classmethod
     def load(cls, bundle:str|Path, threads:int = 0, light:bool = False)->'EnsemblePredictor':
         "The predictor of an ensemble, as `Predictor.load` reads a bundle; raises `BundleError`."
-        folder = Path(bundle); verify_manifest(folder)
-        config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
-        if config['format'] != FORMAT:
-            raise BundleError(f"{folder}: format {config['format']}, this version reads {FORMAT}")
-        models = [Predictor.load(folder/name, threads, light) for name in config['bundles']]
-        path = folder/'triage.json'
-        return cls(models, config, Triage.from_dict(json.loads(path.read_text())) if path.exists() else None)
+        config = verified_config(bundle)
+        models = [Predictor.load(Path(bundle, name), threads, light) for name in config['bundles']]
+        return cls(models, config, read_triage(bundle))
 
     def own(self, p:Prepared, model:Predictor)->Prepared:
         "A listing as one of the bundles takes it."
@@ -120,16 +116,10 @@ def save_ensemble(
     configs = [json.loads(Path(b, 'config.json').read_text(encoding='utf-8')) for b in bundles]
     for b,c in zip(bundles, configs, strict=True):
         if c['codes'] != configs[0]['codes']: raise ValueError(f'{b} knows other categories than {bundles[0]}')
-    dest = Path(dest); stage = dest.with_name(f'.{dest.name}-{os.getpid()}')
-    shutil.rmtree(stage, ignore_errors=True); stage.mkdir(parents=True)
-    names = [f'{i:02}' for i in range(len(bundles))]
-    for name,b in zip(names, bundles, strict=True): shutil.copytree(b, stage/name)
-    first,weights = configs[0], np.asarray(weights).tolist()
+    names,first = [f'{i:02}' for i in range(len(bundles))], configs[0]
     config = dict(format=FORMAT, rakuten_mm=rakuten_mm.__version__, codes=first['codes'], names=first['names'],
                   modalities=[m for m in ('text', 'image') if any(m in parts_read(c) for c in configs)],
-                  bundles=names, weights=weights, info=info or {})
-    (stage/'config.json').write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding='utf-8')
-    if triage: (stage/'triage.json').write_text(json.dumps(triage, indent=1))
-    write_manifest(stage)
-    shutil.rmtree(dest, ignore_errors=True)
-    return stage.rename(dest)
+                  bundles=names, weights=np.asarray(weights).tolist(), info=info or {})
+    with new_bundle(dest, config, triage) as stage:
+        for name,b in zip(names, bundles, strict=True): shutil.copytree(b, stage/name)
+    return Path(dest)

@@ -163,9 +163,9 @@ class MultimodalNet(nn.Module):
         self.stack = Stack(['linear']*bool(ngrams)+['gaussian']*(not cfg.fine_tunes)+list(self.experts.each))
 
     @property
-    def transformers(self)->list[HFEncoder]:
-        "The text encoders that are networks."
-        return [e for e in self.text_encoders if isinstance(e, HFEncoder)]
+    def transformers(self)->dict[str, HFEncoder]: # `text`, `text1`, …
+        "The text encoders that are networks, by the name of their files in a bundle."
+        return {f"text{i or ''}": e for i,e in enumerate(e for e in self.text_encoders if isinstance(e, HFEncoder))}
 
     @property
     def text_encoders(self)->list[HFEncoder|StaticEncoder]:

@@ -17,7 +17,7 @@ from ..core.environment import artifacts_dir
 from ..core.tracking import git_commit
 from ..data.dataset import Dataset
 from ..models.ensemble import LEAST, joined_probs, save_ensemble, states_of
-from ..models.manifest import BundleError, verify_manifest
+from ..models.manifest import BundleError, parts_read, verify_manifest
 from ..models.predictor import Predictor, add_golden
 from ..models.stacking import STATES, fit_weights
 from ..stats.metrics import check_learnt, scores
@@ -25,7 +25,7 @@ from ..stats.triage import fit_triage
 from .checkpoints import run_key
 from .datamodule import assign_folds
 from .devices import is_first
-from .export import export
+from .export import can_be_read, export
 from .fit import fit
 
 # %% ../../nbs/lib/training/08_ensembles.ipynb #af2155c6
@@ -115,11 +115,8 @@ def seal(
     check_learnt(probs.argmax(1), targets)
     info['val'] = scores(probs, targets)
     save_ensemble(dest, bundles, weights, info, fit_triage(probs, targets, rows.group.to_numpy()).to_dict())
-    test = df[(df.split == 'test') & (df.title.ne('') | df.text.ne('') | df.image.ne(''))]
-    readable = Predictor.load(dest).modalities
-    if 'image' not in readable: test = test[test.title.ne('') | test.text.ne('')]
-    if 'text' not in readable: test = test[test.image.ne('')]
-    add_golden(dest, test, data.images_dir)
+    parts = parts_read(json.loads((dest/'config.json').read_text(encoding='utf-8')))
+    add_golden(dest, df[(df.split == 'test') & can_be_read(df, parts)], data.images_dir)
     return dest
 
 # %% ../../nbs/lib/training/08_ensembles.ipynb #e3a03023

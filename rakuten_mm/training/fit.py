@@ -202,12 +202,12 @@ def place_encoders(
     if net.image and not (training and e.train_image):
         dm.encode = frozen_runtime(net.image, e.image_size, graphs, device)
     if device != 'cpu' and not (training and e.train_text):
-        for t in net.transformers: t.run = TorchRuntime(t, device=device)
+        for t in net.transformers.values(): t.run = TorchRuntime(t, device=device)
 
 def free_encoders(dm:ProductDataModule):
     "Leave the encoders as they were: their vectors are kept, and a runtime cannot be sent to another process."
     dm.encode = None
-    for t in dm.net.transformers: t.run = None
+    for t in dm.net.transformers.values(): t.run = None
 
 def fill_store(dm:ProductDataModule, rows:pd.DataFrame, device:str, graphs:Path, training:bool):
     "Compute and keep the vectors of listings."
