@@ -387,7 +387,8 @@ def distill_command(teacher, data_dir, products, images, columns, out, name, con
     from rakuten_mm.training.export import export
     data,cfg,(bundle,_) = Dataset.open(data_dir), train_config(name, config or ''), resolve_model(teacher)
     rows = read_unlabelled(products, images, data, read_columns(columns))
-    click.echo(f'{len(rows):,} listings to learn from beside {len(data.index):,}')
+    labelled = (data.products.split != 'test').sum()
+    click.echo(f'{len(rows):,} listings to learn from beside {labelled:,}')
     with tracked(f'distill {config.stem if config else name}', track) as run:
         fitted = distill(bundle, rows, data, cfg, out, seed, run)
         conclude(export(fitted, data, out, seed) if fitted else None, data, run)

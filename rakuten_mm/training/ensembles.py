@@ -19,7 +19,7 @@ from ..data.dataset import Dataset
 from ..models.ensemble import LEAST, joined_probs, save_ensemble, states_of
 from ..models.manifest import BundleError, parts_read, verify_manifest
 from ..models.predictor import Predictor, add_golden
-from ..models.stacking import STATES, fit_weights
+from ..models.stacking import STATES, Stack
 from ..stats.metrics import check_learnt, scores
 from ..stats.triage import fit_triage
 from .checkpoints import run_key
@@ -42,20 +42,14 @@ def weigh(
     rows:pd.DataFrame, # Listings that no bundle was trained on
     targets:np.ndarray, # (N,) class indices
     max_rows:int = 2_000, # Listings of a state to weigh on; there are few weights
-    min_rows:int = 50, # Fewer listings of a state are not enough
 )->np.ndarray: # (S, B)
     "The weights of an ensemble's bundles, for each state."
-    out = np.zeros((len(STATES), len(reads)))
+    names,scored = [str(i) for i in range(len(reads))], {}
     for s,(use,some) in as_seen(rows).items():
-        parts = {'text': {'text'}, 'image': {'image'}}.get(s, {'text', 'image'})
-        able = np.array([bool(parts & {*r}) for r in reads])
-        out[STATES.index(s), able] = 1/max(able.sum(), 1)
         some = np.random.default_rng(0).permutation(some)[:max_rows]
-        probs = ask(use, rows.iloc[some]) if len(some) >= min_rows and able.any() else None
-        if probs is None: continue
-        z = np.log(np.maximum(probs[able].astype(float), LEAST))
-        out[STATES.index(s), able] = fit_weights(z, targets[some], np.full(len(z), 1/len(z)))
-    return out
+        probs = ask(use, rows.iloc[some]) if len(some) else None
+        if probs is not None: scored[s] = (np.log(np.maximum(probs, LEAST)), targets[some])
+    return Stack(names, dict(zip(names, reads, strict=True))).fit(scored).weights.numpy()
 
 # %% ../../nbs/lib/training/08_ensembles.ipynb #12473b7d
 def unseen(
