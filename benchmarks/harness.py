@@ -60,10 +60,11 @@ def machine()->dict:
 
 
 def plain(x):
-    "Values as JSON has them: no infinities, no NumPy, of a path only its name."
+    "Values as JSON has them: no infinities, no NumPy, of a path only its name, also inside a text."
     if isinstance(x, dict): return {str(k): plain(v) for k,v in x.items()}
     if isinstance(x, (list, tuple)): return [plain(v) for v in x]
     if isinstance(x, Path): return x.name
+    if isinstance(x, str): return re.sub(r'(?<![\w./])/(?:[^\s/]+/)+', '', x)
     if hasattr(x, 'item'): x = x.item()
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
