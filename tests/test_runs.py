@@ -44,6 +44,7 @@ def test_train_then_evaluate(data_dir, tmp_path):
     assert {a.path for a in client.list_artifacts(run, 'evaluation')} == {f'evaluation/{f}' for f in
         ('scores.csv', 'class_report.csv', 'confusion.png', 'slices.csv', 'shortcuts.csv', 'reliability.png')}
     assert {'ece', 'intervals', 'states', 'shortcuts'} <= scores.keys()
+    assert scores['twice_the_listings'] > 0 and {*scores['gains']} == {'descriptions', 'pictures'}
     assert scores['shortcuts']['ids shuffled']['answers_changed'] == 0
     logged = client.get_run(run).data
     assert logged.metrics['test/f1_weighted'] == pytest.approx(scores['test']['f1_weighted'])

@@ -8,6 +8,8 @@ __all__ = ['targets_of', 'evaluate']
 # %% ../../nbs/lib/evaluation/00_scores.ipynb #314487d4
 from pathlib import Path
 import numpy as np, pandas as pd
+from ..stats.bootstrap import bootstrap_scores
+from ..stats.metrics import scores
 from ..core.environment import artifacts_dir
 from ..data.dataset import Dataset
 from ..models.predictor import Predictor
@@ -27,13 +29,16 @@ def evaluate(
     data:Dataset,
     references:dict[str, Path]|None = None, # From `fit_references`
     progress:bool = True,
-)->pd.DataFrame: # One row a model and input, with the columns of `metrics.scores`
+)->pd.DataFrame: # One row a model and input: the columns of `metrics.scores`, f1_weighted_low, f1_weighted_high
     "Score a bundle, its references, and the bundle with parts taken away, on the test split."
     rows,store = data.products[data.products.split == 'test'], artifacts_dir()/'embeddings'
-    score = lambda b,use=('text', 'image'): Predictor.load(b).score(rows, data.images_dir, store, use, progress)
+    def score(model:Predictor, use:tuple = ('text', 'image'))->dict[str, float]:
+        probs,targets = model.probs_of(rows, data.images_dir, store, use, progress), targets_of(rows, model.codes)
+        f1 = bootstrap_scores(probs, targets, rows.group.to_numpy(), 300).loc['f1_weighted']
+        return scores(probs, targets) | dict(f1_weighted_low=f1.low, f1_weighted_high=f1.high)
     model = Predictor.load(bundle)
-    out = {' + '.join(model.modalities): score(bundle)}
-    out |= {f'{m}-only model': score(b) for m,b in (references or {}).items()}
+    out = {' + '.join(model.modalities): score(model)}
+    out |= {f'{m}-only model': score(Predictor.load(b)) for m,b in (references or {}).items()}
     if len(model.modalities) > 1:
-        out |= {f'{" + ".join(model.modalities)}, given {m} only': score(bundle, (m,)) for m in model.modalities}
+        out |= {f'{" + ".join(model.modalities)}, given {m} only': score(model, (m,)) for m in model.modalities}
     return pd.DataFrame(out).T.rename_axis('model')
