@@ -31,7 +31,8 @@ from rakuten_mm.training import fit as fitting
 
 OPTIONS = {
     'no n-grams': dict(encoders=dict(ngrams=False)), 'no sentence encoder': dict(encoders=dict(text=None)),
-    'last image level only': dict(encoders=dict(image_levels=False)), 'all components': dict(network=dict(components=0)),
+    'last image level only': dict(encoders=dict(image_levels=False)),
+    'all components': dict(network=dict(components=0)),
     'gated fusion': dict(network=dict(fusion='gated')), 'attention fusion': dict(network=dict(fusion='attention')),
     '4 members': dict(network=dict(members=4)), '16 members': dict(network=dict(members=16)),
     'no dropout': dict(network=dict(dropout=0.)), 'no input dropout': dict(network=dict(input_dropout=0.)),

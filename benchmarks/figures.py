@@ -51,6 +51,10 @@ TABLES = {
         ('recovery_s', 'back to normal after it', SECONDS, '≤ 2'),
         ('rss_growth', 'memory grown in 10,000 requests', SHARE, '≤ 5 %'),
         ('swap_failed_requests', 'requests lost when the model changes', str, '0')],
+    'distillation': [
+        ('gain_with_test', 'weighted F1 of a student with a teacher, above the same alone', POINTS, '≥ 0.5')],
+    'ablation': [
+        ('spread', 'points of weighted F1 between two seeds of one change', '{:.2f}'.format, '')],
     'gpu': [
         ('train_images_per_s', 'ConvNeXt-Large at 500 px, trained, a second', '{:.0f}'.format, ''),
         ('train_mfu', 'share of the peak in bf16', SHARE, ''),
