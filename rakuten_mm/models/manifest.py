@@ -19,8 +19,9 @@ class BundleError(ValueError):
 def file_hashes(
     folder:Path
 )->dict[str, str]: # sha256 by relative path
-    "Checksums of all files below `folder` but the manifest."
-    files = [p for p in sorted(folder.rglob('*')) if p.is_file() and p != folder/'manifest.json']
+    "Checksums of all files below `folder` but the manifest, and the note that MLflow leaves in what it has fetched."
+    own = folder/'manifest.json', folder/'registered_model_meta'
+    files = [p for p in sorted(folder.rglob('*')) if p.is_file() and p not in own]
     return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 def write_manifest(
