@@ -7,6 +7,7 @@ __all__ = ['EXPERIMENT', 'ADDRESSES', 'TrackingError', 'tracking_uri', 'runs_dir
            'mlflow_client', 'tracked_run', 'git_commit', 'flatten', 'log_provenance', 'log_metrics']
 
 # %% ../../nbs/lib/core/04_tracking.ipynb #db39789b
+import json
 import os
 import sqlite3
 import subprocess
@@ -16,9 +17,10 @@ from pathlib import Path
 import mlflow
 from filelock import FileLock
 from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking._tracking_service import utils
-from .config import TrainConfig
+from .config import PRESETS, TrainConfig
 from .environment import artifacts_dir
 from .process import identity_of
 
@@ -133,11 +135,17 @@ def log_provenance(
     cfg:TrainConfig,
     seed:int,
     data_version:str,
+    split:str = 'grouped', # Of the dataset
 ):
-    "Log parameters, data version and commit of a training run."
+    "Log parameters, dataset and commit of a training run."
     client = mlflow_client()
-    for k,v in (flatten(asdict(cfg)) | {'seed': seed}).items(): client.log_param(run_id, k, v)
-    client.set_tag(run_id, 'data_version', data_version); client.set_tag(run_id, 'git_commit', git_commit())
+    name = next((n for n,c in PRESETS.items() if c == cfg), 'none')
+    params = flatten(asdict(cfg)) | dict(seed=seed, preset=name, split=split)
+    tags = dict(data_version=data_version, git_commit=git_commit())
+    client.log_batch(run_id, params=[Param(k, str(v)) for k,v in params.items()],
+                     tags=[RunTag(k, v) for k,v in tags.items()])
+    dataset = Dataset('listings', data_version, 'local', json.dumps(dict(version=data_version, split=split)))
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag('mlflow.data.context', 'training')])])
 
 # %% ../../nbs/lib/core/04_tracking.ipynb #abe985b1
 def log_metrics(run_id:str, metrics:dict[str, float], prefix:str = ''):

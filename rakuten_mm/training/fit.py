@@ -33,7 +33,7 @@ from ..stats.metrics import check_learnt, scores
 from ..models.network import MultimodalNet, build_network
 from ..models.runtime import TorchRuntime, frozen_runtime
 from ..models.stacking import STATES
-from ..core.tracking import EXPERIMENT, log_provenance, tracking_uri
+from ..core.tracking import EXPERIMENT, log_provenance, mlflow_client, tracking_uri
 from ..stats.triage import Triage, fit_triage
 
 # %% ../../nbs/lib/training/05_fit.ipynb #3f20bd85
@@ -264,11 +264,12 @@ def fit(
     torch.set_num_threads(n_threads(cfg.fit.n_threads)); pl.seed_everything(seed, verbose=False)
     with process_group(devices):
         dm,key = from_first(lambda: prepare(data, cfg, devices, seed, progress, init, taught))
-        if run_id: log_provenance(run_id, dm.cfg, seed, data.manifest['version'])
+        if run_id: log_provenance(run_id, dm.cfg, seed, data.manifest['version'], data.split)
         with run_folder(out_dir, shared, key) if is_first() else nullcontext() as own:
             folder = from_first(lambda: own)
             history = run_epochs(dm, devices, folder, key, run_id, progress)
     if not is_first(): return None
+    if run_id: mlflow_client().log_param(run_id, 'epochs', len(history))
     try: return calibrate(data, dm, devices, history, folder, start)
     except (ArithmeticError, ValueError): discard(folder, out_dir); raise  # the data will say the same the next time
 
