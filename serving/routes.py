@@ -2,6 +2,7 @@
 import asyncio
 import hashlib
 import json
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -53,6 +54,11 @@ class Service:
         if path not in self.config:
             self.config = {path: json.loads(Path(path, 'config.json').read_text(encoding='utf-8'))}
         return self.config[path]
+
+    def triage(self)->dict[str, Any]:
+        "The lanes of the model that answers; empty where it has none."
+        path = Path(self.watcher.api.bundle, 'triage.json')
+        return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
 
     def categories(self)->list[schema.CategoryName]:
         "Every category that may be the right one: the model's, and all of Rakuten's if the model's are among them."
@@ -252,11 +258,13 @@ def add_about(app:FastAPI, service:Service):
 
     @app.get('/version', tags=['about'], summary='The model that answers')
     async def version()->schema.Version:
-        c = service.bundle()
+        c,lanes = service.bundle(), service.triage()
+        needs = re.search(r'([\d,]+) more calibration listings', ' '.join(lanes.get('reasons', [])))
         return schema.Version(
             model_version=worker.version, data_version=c['info'].get('data_version', ''), categories=len(c['codes']),
             modalities=parts_read(c), problem=watcher.problem or service.store.problem or None,
-            following=watcher.model if watcher.follows else None)
+            following=watcher.model if watcher.follows else None, auto_share=lanes.get('coverage', 0.),
+            auto_needs=int(needs[1].replace(',', '')) if needs else None)
 
     @app.get('/health', tags=['about'], summary='200 while the server is alive', response_class=PlainTextResponse)
     async def health(): return PlainTextResponse('ok')

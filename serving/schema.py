@@ -242,6 +242,8 @@ class Version(BaseModel):
     modalities:list[str]
     following:str|None = Field(description='Registry alias that is followed')
     problem:str|None = Field(description='Why a newer model is not served, or the registry cannot be asked')
+    auto_share:float = Field(description='Share of its calibration listings that it would file automatically')
+    auto_needs:int|None = Field(description='Where that is none: about so many more checked listings would prove some')
 
 
 class Token(BaseModel):

@@ -1,8 +1,9 @@
 """Servers for tests, benchmarks and the quickstart: run one, ask it, stop it.
 
-    python -m serving.testing --data DIR [--port PORT]
+    python -m serving.testing --data DIR [--port PORT] [--stay]
 
-serves the champion, sends it a listing of the test split with text and image, and prints the answer as the last line.
+serves the champion, sends it listings of the test split with text and image, says in words what it answers, and prints
+the first answer as the only line on standard output. With --stay it serves on until Ctrl+C.
 """
 import argparse
 import base64
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -145,22 +146,47 @@ def end(process:subprocess.Popen):
         process.wait(10)
 
 
-def one_listing(data:Path)->dict[str, str]:
-    "A listing of the test split that has an image, as a request."
+def some_listings(data:Path, n:int)->list[dict[str, str]]:
+    "Listings of the test split that have an image, as requests."
     from rakuten_mm.data.dataset import Dataset
     ds = Dataset.open(data)  # type: ignore[attr-defined]  # patched in
     test = ds.products[(ds.products.split == 'test') & (ds.products.image != '')]
     if not len(test): sys.exit(f'{data}: no test listing has an image')
-    r = test.sort_values('id').iloc[0]
-    image = base64.b64encode((ds.images_dir/r.image).read_bytes()).decode()
-    return dict(designation=r.designation, description=r.description, image=image)
+    image = lambda r: base64.b64encode((ds.images_dir/r.image).read_bytes()).decode()
+    return [dict(designation=r.designation, description=r.description, image=image(r))
+            for r in test.sort_values('id').head(n).itertuples()]
+
+
+def in_words(listing:dict[str, str], answer:dict, version:dict)->str:
+    "What became of a listing."
+    title = listing['designation'] if len(listing['designation']) < 70 else listing['designation'][:69]+'…'
+    names = {c['prdtypecode']: c['label'] for c in answer['top_k']}
+    found = f"{answer['label']} ({answer['prdtypecode']}), {answer['probability']:.1%} sure"
+    said = f'  “{title}”, with its photo\n    {found}: '
+    if answer['lane'] == 'auto': return said+'filed automatically'
+    if answer['lane'] == 'reject': return said+'no category stands out; a better title or photo is needed'
+    choice = ' or '.join(names.get(c, str(c)) for c in (answer['candidates'] or [])[:3])
+    needs = version['auto_needs']
+    why = f'yet: about {needs:,} more checked listings are needed' if needs else 'by this model'
+    end = '' if version['auto_share'] else f'\n    nothing is filed automatically {why}'
+    return f"{said}somebody chooses, {choice or 'from all categories'}{end}"
+
+
+def telling(answers:list[dict])->list[int]:
+    "Positions of an answer of each lane, those that were filed first."
+    lanes = [a['lane'] for a in answers]
+    return [lanes.index(lane) for lane in ('auto', 'review', 'reject') if lane in lanes]
+
+
+def tell(text:str): print(text, file=sys.stderr, flush=True)
 
 
 def main():
-    "Serve, ask, print, stop."
+    "Serve, ask, tell, stop."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', type=Path, required=True, help='dataset that the listing is taken from')
     parser.add_argument('--port', type=int, default=8080)
+    parser.add_argument('--stay', action='store_true', help='serve on until Ctrl+C')
     args = parser.parse_args()
     load_environment()
     home = artifacts_dir()/'quickstart'
@@ -170,10 +196,20 @@ def main():
     own['API_PASSWORD'] = os.environ.get('API_PASSWORD') or secrets.token_urlsafe(16)  # that nobody else knows
     try:
         with running_server(port=args.port, home=home, exit_code=None, **own) as server:
-            r = server.ask(timeout=60, **one_listing(args.data))
+            listings = some_listings(args.data, 30)
+            replies = [server.ask(timeout=60, **x) for x in listings]
+            if bad := next((r for r in replies if r.status_code != 200), None):
+                sys.exit(f'status {bad.status_code}: {bad.text}')
+            answers,version = [r.json() for r in replies], server.client.get('/version').json()
+            shown = telling(answers)
+            tell(f'\n{len(answers)} listings that it never saw, '
+                 f"{sum(a['lane'] == 'auto' for a in answers)} of them filed automatically; for example\n")
+            for i in shown: tell(in_words(listings[i], answers[i], version))
+            print(json.dumps(answers[shown[0]], ensure_ascii=False), flush=True)
+            if args.stay:
+                tell(f'\nThe page: {server.url}/  user {server.user}, password {server.password}; Ctrl+C ends it.')
+                with suppress(KeyboardInterrupt): server.process.wait()
     except RuntimeError as e: sys.exit(str(e))
-    if r.status_code != 200: sys.exit(f'status {r.status_code}: {r.text}')
-    print(json.dumps(r.json(), ensure_ascii=False))
 
 
 if __name__ == '__main__': main()

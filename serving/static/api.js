@@ -8,6 +8,7 @@ export let session = JSON.parse(sessionStorage.getItem('session') ?? 'null'); //
 if (session?.until < Date.now()) setSession(null);
 export const mayReview = () => ['review', 'admin'].includes(session?.role);
 let names = new Map(); // prdtypecode -> {fr, en}
+let model = {}; // what /version says
 let expired = () => {};
 
 export class ApiError extends Error {
@@ -63,5 +64,9 @@ export async function loadNames() {
   names = new Map((await call('/categories').catch(() => [])).map(c => [c.prdtypecode, c]));
 }
 
+/** What the model that answers is; asked again after each answer of another one. */
+export async function loadModel() { model = await call('/version').catch(() => ({})); }
+
+export const modelNow = () => model;
 export const nameOf = (code, label = String(code)) => names.get(code)?.[lang] || label;
 export const allNames = () => [...names.values()];

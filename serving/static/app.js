@@ -1,5 +1,5 @@
 // Sign in, navigation and language; the two pages are in predict.js and review.js.
-import {call, loadNames, mayReview, onExpired, session, setSession} from './api.js';
+import {call, loadModel, loadNames, mayReview, onExpired, session, setSession} from './api.js';
 import {$, h, say, sayError} from './dom.js';
 import {lang, setLanguage, t} from './i18n.js';
 import * as predict from './predict.js';
@@ -22,7 +22,7 @@ function route() {
 async function enter() {
   if (last !== session.user) { predict.reset(); review.reset(); }
   last = session.user;
-  await loadNames();
+  await Promise.all([loadNames(), loadModel()]);
   setLanguage(lang, false); // says the names, too
   go();
 }

@@ -43,6 +43,10 @@ const STRINGS = {
   reviewLane: ['À vérifier', 'Needs a person'],
   reviewLaneWhy: ['Pas assez sûr : quelqu’un doit choisir parmi ces catégories.', 'Not sure enough: someone should choose among these categories.'],
   reject: ['À renvoyer au vendeur', 'Back to the seller'],
+  nothingAuto: ['Rien n’est encore classé automatiquement : il faut environ {n} annonces vérifiées de plus.', 'Nothing is filed automatically yet: about {n} more checked listings are needed.'],
+  nothingAutoYet: ['Ce modèle ne classe rien automatiquement.', 'This model files nothing automatically.'],
+  close: ['« {a} » et « {b} » sont proches.', '“{a}” and “{b}” are close.'],
+  noPhotoSeen: ['Une photo aiderait.', 'A photo would help.'],
   rejectWhy: ['Aucune catégorie ne se détache : demandez un meilleur titre ou une meilleure photo.', 'No category stands out: ask for a better title or photo.'],
   candidates: ['À choisir parmi', 'To choose from'],
   read: ['Lu : {what} · Modèle', 'Read: {what} · Model'],
@@ -134,6 +138,7 @@ export function t(key, values = {}) {
 }
 
 const share = p => new Intl.NumberFormat(lang, {style: 'percent', maximumFractionDigits: p < .1 || p > .99 ? 1 : 0}).format(p);
+export const number = n => n.toLocaleString(lang);
 export const percent = p => p > 0 && p < .0005 ? `< ${share(.001)}` : share(p);
 export const signed = x => new Intl.NumberFormat(lang, {signDisplay: 'exceptZero', minimumFractionDigits: 2, maximumFractionDigits: 2}).format(x);
 export const when = iso => new Intl.DateTimeFormat(lang, {dateStyle: 'medium', timeStyle: 'short'}).format(new Date(iso));

@@ -1,7 +1,7 @@
 // The form for one listing, its answer, and why.
-import {call, mayReview, nameOf} from './api.js';
+import {call, mayReview, modelNow, nameOf} from './api.js';
 import {$, bar, h, say, sayError} from './dom.js';
-import {onLanguage, percent, signed, t} from './i18n.js';
+import {number, onLanguage, percent, signed, t} from './i18n.js';
 
 const LANES = {auto: ['✓', 'auto', 'autoWhy'], review: ['?', 'reviewLane', 'reviewLaneWhy'], reject: ['✕', 'reject', 'rejectWhy']};
 const KINDS = ['image/jpeg', 'image/png', 'image/webp', 'image/gif', 'image/bmp'], MOST = 10_000_000;
@@ -143,7 +143,7 @@ function render() {
     h('span', {class: 'percent'}, percent(c.probability)), bar(c.probability)));
   $('result').replaceChildren(
     h('h2', {id: 'result-title', tabindex: -1}, nameOf(r.prdtypecode, r.label)),
-    h('div', {id: 'lane', class: `lane ${r.lane}`, 'data-lane': r.lane}, h('b', {}, h('span', {'aria-hidden': 'true'}, `${mark} `), t(lane)), h('p', {}, t(laneWhy))),
+    h('div', {id: 'lane', class: `lane ${r.lane}`, 'data-lane': r.lane}, h('b', {}, h('span', {'aria-hidden': 'true'}, `${mark} `), t(lane)), h('p', {}, t(laneWhy)), ...doubts(r).map(d => h('p', {class: 'doubt'}, d))),
     ...(r.lane === 'review' && r.candidates ? [h('p', {class: 'label', id: 'candidates-label'}, t('candidates')),
       h('ul', {id: 'candidates', class: 'chips', 'aria-labelledby': 'candidates-label'},
         r.candidates.map(c => h('li', {}, nameOf(c, r.top_k.find(k => k.prdtypecode === c)?.label))))] : []),
@@ -156,6 +156,16 @@ function render() {
     ...(why ? [explanation(why)] : []),
     h('p', {class: 'muted small', id: 'about'}, `${t('read', {what: r.modalities.map(m => t(m)).join(' + ')})} `, h('span', {id: 'version'}, r.model_version)));
   sayStored();
+}
+
+/** Why an answer is left to a person, as far as it can be told. */
+function doubts(r) {
+  if (r.lane === 'auto') return [];
+  const [a, b] = r.top_k, {auto_share: share, auto_needs: n} = modelNow(), told = [];
+  if (share === 0) told.push(n ? t('nothingAuto', {n: number(n)}) : t('nothingAutoYet'));
+  if (b && b.probability > .5*a.probability) told.push(t('close', {a: nameOf(a.prdtypecode, a.label), b: nameOf(b.prdtypecode, b.label)}));
+  if (!r.modalities.includes('image')) told.push(t('noPhotoSeen'));
+  return told;
 }
 
 function explanation(why) {
