@@ -9,7 +9,12 @@ nbs = [p for kind in ('lib', 'research') for p in sorted(nbglob(cfg.nbs_path/kin
 nbs += [cfg.nbs_path/'index.ipynb']
 
 
-@pytest.mark.parametrize('nb', nbs, ids=lambda p: p.stem)
+def marked(nb):
+    "What a research notebook trains takes minutes in all."
+    return pytest.param(nb, id=nb.stem, marks=[pytest.mark.system]*(nb.parent.name == 'research'))
+
+
+@pytest.mark.parametrize('nb', map(marked, nbs))
 def test_notebook(nb):
     ok,_ = run_nb(nb, skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path)
     assert ok
