@@ -89,7 +89,7 @@ def probs_and_vectors(self:EnsemblePredictor, batch:dict)->tuple[np.ndarray, dic
 @patch
 def probs_of(self:EnsemblePredictor, rows:pd.DataFrame, images_dir:str|Path, store_dir:str|Path,
              use:tuple = ('text', 'image'), progress:bool = True, fold:np.ndarray|None = None)->np.ndarray: # (N, K)
-    "Class probabilities of rows of a dataset, as `Predictor.probs_of` gives them."
+    "Class probabilities of rows of a dataset, as `probs_of` of a predictor gives them."
     if not len(rows): return np.zeros((0, len(self.codes)), np.float32)
     probs = [m.probs_of(rows, images_dir, store_dir, use, progress, fold) for m in self.models]
     return joined_probs(np.stack(probs), self.weights[states_of(rows, use)])
