@@ -83,7 +83,8 @@ class RegistryWatcher:
         self.worker,self.api,self.model,self.cfg,self.problem = worker,api,model,cfg,problem
         self.refused = '', 0. # A version, and when to try it again
         self.before:tuple[str, str]|None = None # Bundle and version of the model before this one
-        self.shadow,self.refused_shadow = ('', 0), '' # Its version and the worker that has it; one that ended a worker
+        self.shadow,self.refused_shadow = ('', 0), '' # Its version and the worker that has it; one that is left alone
+        self.deadly = '' # A version that ended a worker as its shadow
         worker.on_guilty = self.on_guilty
         self.report(problem)
 
@@ -115,7 +116,8 @@ class RegistryWatcher:
     def on_guilty(self, who:str):
         "Give up the model that has just ended its worker: the next worker starts without it."
         if who == 'shadow':
-            self.refused_shadow = self.shadow[0]; log.error('the shadow %s ended the worker', self.refused_shadow)
+            self.refused_shadow = self.deadly = self.shadow[0]
+            log.error('the shadow %s ended the worker', self.deadly)
         elif self.before:
             bad = self.api.version
             (self.api.bundle,self.api.version),self.before = self.before,None
@@ -138,6 +140,7 @@ class RegistryWatcher:
         except Exception as e: self.report(f'the registry cannot be asked ({type(e).__name__}); {stays}'); return
         if wanted == self.api.version: self.report(''); return
         if wanted == self.refused[0] and time.monotonic() < self.refused[1]: return
+        if wanted == self.deadly: self.refuse(wanted, 'it ended the worker as its shadow', math.inf); return
         try:
             bundle,version = await asyncio.to_thread(resolve, self.model)
             await self.change('load', bundle, version)
@@ -168,6 +171,6 @@ class RegistryWatcher:
             await self.change('shadow', *await asyncio.to_thread(resolve, self.cfg.shadow)); self.shadow = wanted
         except TimeoutError: self.refused_shadow = wanted[0]; log.warning('no shadow: it did not load in time')
         except Refused as e:
-            if e.error.code == 'worker_crashed': self.refused_shadow = wanted[0]
+            if e.error.code == 'worker_crashed': self.refused_shadow = self.deadly = wanted[0]
             log.warning('no shadow: %s', e.error.message)
         except Exception as e: log.warning('no shadow: %s', e)
