@@ -36,6 +36,7 @@ from rakuten_mm.data.dataset import Dataset
 from rakuten_mm.data.ingestion import ingest
 from rakuten_mm.models import embeddings, inputs, network
 from rakuten_mm.models.bundle import save_bundle
+from rakuten_mm.models.lda import LDAExpert
 from rakuten_mm.models.network import build_network
 from rakuten_mm.synthetic.catalogue import synthesize
 from rakuten_mm.training import datamodule
@@ -50,6 +51,8 @@ BARS = dict(warm_over_cold='<= 0.10', delta_over_cold='<= 0.05')
 PHASES = [(embeddings.EmbeddingStore, 'fill', 'embedding'), (inputs, 'encoder_fingerprint', 'fingerprint'),
           (network.NgramEncoder, 'fit', 'lsa'), (network.NgramEncoder, 'matrix', 'ngrams'),
           (inputs, 'project_ngrams', 'ngrams'), (datamodule.LinearExpert, 'cross_fit', 'linear'),
+          (datamodule.ProductDataModule, 'fit_scale', 'whitening'), (LDAExpert, 'fit', 'lda'),
+          (fitting, 'frozen_runtime', 'graph'), (network.NgramEncoder, 'matrices', 'ngrams'),
           (fitting, 'run_epochs', 'epochs'), (fitting, 'fit_stack', 'stack'), (fitting, 'out_of_fold_probs', 'stack'),
           (fitting, 'fit_triage', 'stack'), (fitting, 'fit', 'rest')]
 
