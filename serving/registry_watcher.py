@@ -81,7 +81,7 @@ class RegistryWatcher:
     "Changes the worker's model when its alias moves. What cannot be served is left alone, and reported."
     def __init__(self, worker:WorkerClient, api:ProductAPI, model:str, cfg:ServeConfig, problem:str=''):
         self.worker,self.api,self.model,self.cfg,self.problem = worker,api,model,cfg,problem
-        self.refused = '', 0. # A version, and when to try it again
+        self.refused,self.why = ('', 0.), '' # A version and when to try it again; why it is refused
         self.before:tuple[str, str]|None = None # Bundle and version of the model before this one
         self.shadow,self.refused_shadow = ('', 0), '' # Its version and the worker that has it; one that is left alone
         self.deadly = '' # A version that ended a worker as its shadow
@@ -111,7 +111,8 @@ class RegistryWatcher:
         "Leave a version alone, for some seconds or until the alias moves."
         self.refused = version, time.monotonic()+again_s
         metrics.REFUSED_MODELS.inc()
-        self.report(f'{version} is not served: {why}; {self.api.version} keeps answering')
+        self.why = f'{version} is not served: {why}; {self.api.version} keeps answering'
+        self.report(self.why)
 
     def on_guilty(self, who:str):
         "Give up the model that has just ended its worker: the next worker starts without it."
@@ -139,7 +140,7 @@ class RegistryWatcher:
         try: wanted = await asyncio.to_thread(current_version, self.model)
         except Exception as e: self.report(f'the registry cannot be asked ({type(e).__name__}); {stays}'); return
         if wanted == self.api.version: self.report(''); return
-        if wanted == self.refused[0] and time.monotonic() < self.refused[1]: return
+        if wanted == self.refused[0] and time.monotonic() < self.refused[1]: self.report(self.why); return
         if wanted == self.deadly: self.refuse(wanted, 'it ended the worker as its shadow', math.inf); return
         try:
             bundle,version = await asyncio.to_thread(resolve, self.model)

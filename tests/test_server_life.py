@@ -403,9 +403,10 @@ def test_f55_shadow_that_ended_the_worker_becomes_champion(sufferer, registry, b
     registry.client.set_registered_model_alias('rakuten-mm', 'champion', bad)
     until(lambda: f'rakuten-mm/{bad} is not served' in (server.client.get('/version').json()['problem'] or ''))
     assert server.metric('rakuten_worker_restarts_total') == restarts+1, server.log.read_text()
+    for version,status in ((good.split('/')[1], 'ready'), (bad, 'degraded'), (good.split('/')[1], 'ready')):
+        registry.client.set_registered_model_alias('rakuten-mm', 'champion', version)
+        until(lambda status=status: server.ready().get('status') == status)  # said again when it comes back
     server.killers.write_text('')
-    registry.client.set_registered_model_alias('rakuten-mm', 'champion', good.split('/')[1])
-    until(lambda: server.ready().get('status') == 'ready')
 
 
 def test_f55_champion_that_cannot_be_started_with(registry, bundle, tmp_path):
