@@ -19,14 +19,11 @@ import torch
 from sklearn.metrics import f1_score
 
 from benchmarks.harness import main, option, say
-from benchmarks.quality import deal
+from benchmarks.quality import as_seen, deal
 from rakuten_mm.core.config import TrainConfig, preset
-from rakuten_mm.core.environment import artifacts_dir, graphs_dir
 from rakuten_mm.core.process import n_threads
 from rakuten_mm.data.dataset import Dataset
 from rakuten_mm.data.ingestion import ingest
-from rakuten_mm.models.inputs import ProductDataset
-from rakuten_mm.models.runtime import frozen_runtime
 from rakuten_mm.training import fit as fitting
 
 OPTIONS = {
@@ -60,11 +57,8 @@ def train(data:Dataset, cfg:TrainConfig, seed:int, folder:Path)->tuple[fitting.F
 
 def score(fitted:fitting.Fitted, data:Dataset)->dict[str, float]:
     "Weighted and macro F1 on the test split."
-    net,df = fitted.net, data.products
-    encode = frozen_runtime(net.image, net.cfg.encoders.image_size, graphs_dir())
-    test,store = df[df.split == 'test'], artifacts_dir()/'embeddings'
-    ds = ProductDataset(test, net, fitted.codes, data.images_dir, store, encode, progress=False)
-    preds = fitting.out_of_fold_probs(net, ds).argmax(1)
+    ds = as_seen(fitted, data, data.products[data.products.split == 'test'])
+    preds = fitting.out_of_fold_probs(fitted.net, ds).argmax(1)
     return {a: 100*f1_score(ds.targets, preds, average=a) for a in ('weighted', 'macro')}
 
 

@@ -20,14 +20,11 @@ import torch
 from sklearn.metrics import f1_score
 
 from benchmarks.harness import main, option, say
-from benchmarks.quality import deal
+from benchmarks.quality import as_seen, deal
 from rakuten_mm.core.config import TrainConfig, preset
-from rakuten_mm.core.environment import artifacts_dir, graphs_dir
 from rakuten_mm.core.process import n_threads
 from rakuten_mm.data.dataset import Dataset
 from rakuten_mm.data.ingestion import ingest
-from rakuten_mm.models.inputs import ProductDataset
-from rakuten_mm.models.runtime import frozen_runtime
 from rakuten_mm.training.distillation import read_unlabelled
 from rakuten_mm.training.fit import fit, out_of_fold_probs
 
@@ -53,10 +50,7 @@ class Trained:
 
     def answers(self, rows:pd.DataFrame)->np.ndarray: # (N, K)
         "Probabilities of listings that were not trained on with their labels."
-        net,codes = self.fitted.net, self.fitted.codes
-        encode = frozen_runtime(net.image, net.cfg.encoders.image_size, graphs_dir())
-        store = artifacts_dir()/'embeddings'
-        return out_of_fold_probs(net, ProductDataset(rows, net, codes, self.data.images_dir, store, encode, False))
+        return out_of_fold_probs(self.fitted.net, as_seen(self.fitted, self.data, rows))
 
     def says(self, rows:pd.DataFrame)->pd.DataFrame:
         "What it says of listings, for a student."

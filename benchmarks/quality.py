@@ -43,7 +43,7 @@ from rakuten_mm.models.runtime import frozen_runtime
 from rakuten_mm.models.stacking import STATES
 from rakuten_mm.stats.calibration import ece
 from rakuten_mm.stats.triage import Triage
-from rakuten_mm.training.fit import expert_logits, fit, out_of_fold_probs
+from rakuten_mm.training.fit import Fitted, expert_logits, fit, out_of_fold_probs
 
 F1 = 'weighted', 'macro'
 C = dict(tfidf=(.3, 1, 3), image=(3e-4, 1e-3, 3e-3, 1e-2, .1), e5=(1e-3, 3e-3, 1e-2, .1))
@@ -144,14 +144,20 @@ def kernel_ridge(vectors:dict[str, np.ndarray], y:np.ndarray, fit_rows:np.ndarra
     return p/p.sum(1, keepdims=True)
 
 
+def as_seen(fitted:Fitted, data:Dataset, rows:pd.DataFrame)->ProductDataset:
+    "Listings as a trained network takes them, pictures through ONNX."
+    net = fitted.net
+    encode = frozen_runtime(net.image, net.cfg.encoders.image_size, graphs_dir())
+    store = artifacts_dir()/'embeddings'
+    return ProductDataset(rows, net, fitted.codes, data.images_dir, store, encode, progress=False)
+
+
 def ours(data:Dataset, cfg, codes:list[int], seed:int, out_dir:Path)->tuple[dict, dict[str, np.ndarray]]:
     "Probabilities of the test rows by the preset, and F1 of its inputs and experts; its vectors of all listings."
     shutil.rmtree(out_dir, ignore_errors=True)
     fitted = fit(data, cfg, out_dir, seed, progress=False)
-    df,net,store = data.products, fitted.net, artifacts_dir()/'embeddings'
-    encode = frozen_runtime(net.image, cfg.encoders.image_size, graphs_dir())
-    read = lambda rows: ProductDataset(rows, net, fitted.codes, data.images_dir, store, encode, progress=False)
-    test,f1 = read(df[df.split == 'test']), {}
+    df,net = data.products, fitted.net
+    test,f1 = as_seen(fitted, data, df[df.split == 'test']), {}
     for s,names in dict(text=('linear', 'text'), image=('image',)).items():
         logits,rows = expert_logits(net, test, s)
         score = lambda z,y=test.targets[rows]: f1_score(y, z.argmax(1), average='weighted')
@@ -159,7 +165,7 @@ def ours(data:Dataset, cfg, codes:list[int], seed:int, out_dir:Path)->tuple[dict
         f1[f'{s}_expert'] = max(score(z) for n,z in zip(net.stack.names, logits, strict=True) if n in names)
     probs = np.zeros((len(test), len(codes)))
     probs[:, [codes.index(c) for c in fitted.codes]] = out_of_fold_probs(net, test)
-    everything = read(df)
+    everything = as_seen(fitted, data, df)
     text = everything.full.vectors(np.arange(len(df)))
     vectors = dict(image=everything.images.take(df.image.tolist()), ngrams=text[:, :-StaticEncoder.dim],
                    use=text[:, -StaticEncoder.dim:])
