@@ -64,7 +64,7 @@ export async function loadNames() {
   names = new Map((await call('/categories').catch(() => [])).map(c => [c.prdtypecode, c]));
 }
 
-/** What the model that answers is; asked again after each answer of another one. */
+/** Ask what the model that answers is. */
 export async function loadModel() { model = await call('/version').catch(() => ({})); }
 
 export const modelNow = () => model;

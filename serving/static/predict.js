@@ -1,5 +1,5 @@
 // The form for one listing, its answer, and why.
-import {call, mayReview, modelNow, nameOf} from './api.js';
+import {call, loadModel, mayReview, modelNow, nameOf} from './api.js';
 import {$, bar, h, say, sayError} from './dom.js';
 import {number, onLanguage, percent, signed, t} from './i18n.js';
 
@@ -91,6 +91,7 @@ function predict() {
       if (current() && e.code !== 'cancelled') { setAnswer(null); render(); } // an answer to another listing would mislead
       throw e;
     });
+    if (response.model_version !== modelNow().model_version) await loadModel(); // another one has taken over
     if (!current()) return;
     setAnswer({listing, response, chosen: response.prdtypecode, why: null, overlay: true});
     render();
