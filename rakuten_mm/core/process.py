@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['ProcessIdentity', 'started', 'identity_of', 'from_tags', 'ended', 'is_gone', 'wait_ended', 'end_tree', 'quota_of',
-           'cpu_quota', 'n_threads', 'leave_with_parent', 'WorkerProcess', 'WorkerContext', 'worker_pool']
+           'cpu_quota', 'n_threads', 'leave_with_parent', 'WorkerProcess', 'WorkerContext', 'worker_pool',
+           'release_memory']
 
 # %% ../../nbs/lib/core/03_process.ipynb #8cea8134
+import ctypes
 import math
 import os
 import signal
@@ -165,3 +167,8 @@ def worker_pool(
     context = WorkerContext()
     if _METHOD == 'forkserver': context.set_forkserver_preload([module])
     return ProcessPoolExecutor(workers, context, leave_with_parent)
+
+# %% ../../nbs/lib/core/03_process.ipynb #4f37b7ce
+def release_memory():
+    "Give memory that was freed back to the system, where the C library can."
+    with suppress(OSError, AttributeError): ctypes.CDLL('libc.so.6').malloc_trim(0)

@@ -15,6 +15,9 @@ import ftfy
 from ftfy import fixes
 from lingua import Language, LanguageDetector, LanguageDetectorBuilder
 
+# %% ../../nbs/lib/data/02_text.ipynb #8d58c853
+from ..core.process import release_memory
+
 # %% ../../nbs/lib/data/02_text.ipynb #10ae1850
 _UNSEEN = re.compile('[\x00-\x08\x0e-\x1b\x7f\u034f\u061c\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200c\u200e\u200f'
                      '\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\ufff0-\ufffb\ufffe\uffff\ud800-\udfff'
@@ -129,8 +132,10 @@ LANGUAGES = dict(fr=Language.FRENCH, en=Language.ENGLISH, de=Language.GERMAN, it
 
 @cache
 def detector()->LanguageDetector:
-    "The language detector; loading it takes a moment and 140 MB, so it is made once."
-    return LanguageDetectorBuilder.from_languages(*LANGUAGES.values()).with_preloaded_language_models().build()
+    "The language detector; loading it takes a moment and 120 MB, so it is made once."
+    d = LanguageDetectorBuilder.from_languages(*LANGUAGES.values()).with_preloaded_language_models().build()
+    release_memory()
+    return d
 
 def language_of(
     s:str # Clean text; the first 200 characters are looked at
