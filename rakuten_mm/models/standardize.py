@@ -41,6 +41,6 @@ def fit(self:StandardizePCA,
     z = ((x-self.mean)/self.std).clamp(-6, 6)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        v = torch.svd_lowrank(z.double(), min(self.dim, max(len(z)//6, 1)), niter=1)[2].float()  # (D, ≤ C)
+        v = torch.svd_lowrank(z, min(self.dim, max(len(z)//6, 1)), niter=1)[2]  # (D, ≤ C)
     self.basis.zero_()[:, :v.shape[1]] = v/(z@v).square().mean().sqrt().clamp(min=1e-6)
     return self
