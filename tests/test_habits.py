@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-DOCUMENTS = [*ROOT.glob('*.md'), *(ROOT/'docs').rglob('*.md'), ROOT/'deploy'/'README.md']
+DOCUMENTS = [*ROOT.glob('*.md'), *(ROOT/'docs').rglob('*.md'), *(ROOT/'deploy').rglob('*.md')]
 DECISIONS = ROOT/'docs'/'decisions'
 SCHEMAS = {
     '.github/workflows/*.yml': 'vendor.github-workflows',
