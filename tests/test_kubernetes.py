@@ -225,8 +225,8 @@ def test_commands_exist(objects, monkeypatch):
     for k,v in dict(RAKUTEN_MM_REMOTE='partner:', RAKUTEN_MM_RAW='raw').items(): monkeypatch.setenv(k, v)
     seen = set()
     for c in containers(objects):
-        commands = split(c['command'][3:])[1] if c['command'][:3] == ['python', '-m', 'deploy.start'] else [c['command']]
-        for name,*args in commands:
+        waits = c['command'][:3] == ['python', '-m', 'deploy.start']
+        for name,*args in split(c['command'][3:])[1] if waits else [c['command']]:
             if name == 'rakuten-mm':
                 at = cli
                 while hasattr(at, 'get_command'): word,*args = args; seen.add(word); at = at.get_command(None, word)
@@ -244,8 +244,8 @@ def test_jobs_are_those_of_the_schedule(objects):
     longest = max(j.timeout_s for j in jobs.values() if j.alone)
     for name,job in jobs.items():
         assert crons[name]['schedule'] == job.cron and crons[name]['timeZone'] == f'Etc/{job.timezone}'
-        waits = longest if job.alone else 0  # for the volume, which another job may have
-        assert crons[name]['jobTemplate']['spec']['activeDeadlineSeconds'] >= job.timeout_s+waits*(job.timeout_s < waits)
+        waits = longest if job.alone and job.timeout_s < longest else 0  # for the volume, which another job may have
+        assert crons[name]['jobTemplate']['spec']['activeDeadlineSeconds'] > job.timeout_s+waits
 
 
 def test_settings_are_known(objects):
@@ -275,7 +275,8 @@ def test_what_is_referred_to_exists(objects):
             for f in c.get('envFrom', []):
                 if 'configMapRef' in f: assert ('ConfigMap', f['configMapRef']['name']) in there
                 else: used.add(f['secretRef']['name'])
-            keys = [e['valueFrom']['secretKeyRef'] for e in c.get('env', []) if 'secretKeyRef' in e.get('valueFrom', {})]
+            given = [e.get('valueFrom', {}) for e in c.get('env', [])]
+            keys = [v['secretKeyRef'] for v in given if 'secretKeyRef' in v]
             assert all(k['key'] in told[k['name']] for k in keys)
             used |= {k['name'] for k in keys}
     assert used == told.keys()
@@ -292,10 +293,10 @@ def test_the_network_lets_through_what_is_asked_for(objects):
     "Each port that a pod of ours asks another one for is open on both sides; DNS for all."
     rules = {o['metadata']['name']: o['spec'] for o in objects if o['kind'] == 'NetworkPolicy'}
     ports = lambda r: {p['port'] for p in r['ports']}
-    to = lambda who, app, port: any(port in ports(r) and ('to' not in r or {'podSelector': {'matchLabels': {'app': app}}}
-                                    in r['to']) for r in rules[who]['egress'])
-    into = lambda app, who, port: any(port in ports(r) and {'podSelector': {'matchLabels': {'app': who}}} in r['from']
-                                      for r in rules[app]['ingress'])
+    pods = lambda app: {'podSelector': {'matchLabels': {'app': app}}}
+    to = lambda who, app, port: any(port in ports(r) and pods(app) in r.get('to', [pods(app)])
+                                    for r in rules[who]['egress'])
+    into = lambda app, who, port: any(port in ports(r) and pods(who) in r['from'] for r in rules[app]['ingress'])
     assert all(to(a, b, p) for a,b,p in [('api', 'mlflow', 5000), ('pipelines', 'mlflow', 5000),
                                          ('pipelines', 'api', 8080), ('api', '', 5432), ('pipelines', '', 5432)])
     assert into('mlflow', 'api', 5000) and into('mlflow', 'pipelines', 5000) and into('api', 'pipelines', 8080)
