@@ -7,8 +7,10 @@ import asyncio
 import resource
 import secrets
 from contextlib import suppress
-from typing import ClassVar
+from functools import lru_cache
+from typing import Any, ClassVar
 
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from rakuten_mm.api import PAGES
@@ -29,6 +31,13 @@ def room_for_connections()->int:
     if soft < most:
         with suppress(OSError, ValueError): resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard)); soft = most
     return max(16, min(MAX_CONNECTIONS, soft-KEPT_FILES))
+
+
+async def ignore(scope, receive, send): "An application that does nothing."
+
+
+@lru_cache(1)
+def proxies(addresses:str)->Any: return ProxyHeadersMiddleware(ignore, addresses)
 
 
 class HeaderTooLarge(Exception):
@@ -96,7 +105,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self.refused = True
         self.transport.write(b''.join([STATUS_LINE[e.status_code], head, b'\r\n', body]))
         note(path, e.status_code, 0., request_id=id, method=self.parser.get_method().decode(),
-             client=self.client[0] if self.client else 'unknown', bytes=0, user='')
+             client=self.asker(), bytes=0, user='')
+
+    def asker(self)->str:
+        "The address of the client, as a proxy says it if it is believed."
+        scope:dict[str, Any] = dict(type='http', client=self.client, headers=self.headers)
+        if self.config.proxy_headers:
+            with suppress(StopIteration): proxies(str(self.config.forwarded_allow_ips))(scope, None, None).send(None)
+        return scope['client'][0] if scope['client'] else 'unknown'
 
     def on_body(self, body:bytes):
         self.fruitless = 0

@@ -21,6 +21,8 @@ ERASED = Counter('rakuten_erased_answers_total', 'Answers whose texts and images
 SHADOW = Counter('rakuten_shadow_total', 'Answers of the shadow model that are the same as those given, or other',
                  ['model_version', 'agreement'])
 MODEL_INFO = Gauge('rakuten_model_info', '1 for the version that answers', ['model_version'])
+DISK = Gauge('rakuten_disk_bytes', 'Size of the disk that the server writes to')
+DISK_FREE = Gauge('rakuten_disk_free_bytes', 'Bytes of it that are free')
 CACHED = Counter('rakuten_cached_answers_total', 'Answers that were remembered')
 _worker:dict[str, int|None] = dict(pid=0)
 WORKER = ProcessCollector(namespace='rakuten_worker', pid=lambda: _worker['pid'] or 0)

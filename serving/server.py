@@ -2,10 +2,11 @@
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
 
-from rakuten_mm.core.environment import load_environment
+from rakuten_mm.core.environment import artifacts_dir, load_environment
 from rakuten_mm.models.manifest import BundleError
 from serving import errors, metrics, openapi, routes
 from serving.admission import AdmissionControl
@@ -73,7 +74,7 @@ class Server(ls.LitServer):
         if not self.worker.ready: await self.worker.start()
         log.info('serving %s, documentation at /docs', self.api.version)
         settle()
-        tasks = self.watcher.run(), self.authenticator.keep_reading(), self.forget()
+        tasks = self.watcher.run(), self.authenticator.keep_reading(), self.forget(), self.look_at_disk()
         running = [asyncio.create_task(t) for t in tasks]
         try: yield
         finally:
@@ -91,6 +92,14 @@ class Server(ls.LitServer):
                 metrics.ERASED.inc(out['answers']+out['corrected'])
                 if any(out.values()): log.info('removed what is older than API_KEEP_DAYS', extra=out)
             await asyncio.sleep(3600)
+
+    async def look_at_disk(self):
+        "Report the disk of the artifacts every few seconds, in a thread: one of the network may not answer."
+        while True:
+            with suppress(OSError):
+                disk = await asyncio.to_thread(shutil.disk_usage, artifacts_dir())
+                metrics.DISK.set(disk.total); metrics.DISK_FREE.set(disk.free)
+            await asyncio.sleep(15)
 
 
 class Graceful(uvicorn.Server):

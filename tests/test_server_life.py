@@ -49,7 +49,8 @@ def until(what, timeout_s:float=60)->float:
 def faulty(bundle, tmp_path_factory):
     "A server of a model that misbehaves on request, with a short deadline and little room."
     mark = tmp_path_factory.mktemp('mark')/'died'
-    with running_server(bundle, FAULTY, API_TIMEOUT_S='4', API_MAX_IN_FLIGHT='8', DIED_ONCE=str(mark)) as served:
+    with running_server(bundle, FAULTY, API_TIMEOUT_S='4', API_MAX_IN_FLIGHT='8', DIED_ONCE=str(mark),
+                        API_FORWARDED='127.0.0.3/32') as served:
         served.mark = mark
         yield served
 
@@ -101,6 +102,29 @@ def test_f14_slow_and_vanishing_clients(faulty):
     for _ in range(500): half_a_request(faulty).close()
     until(lambda: taken() == 0, 5)
     assert front.memory_info().rss-before < 20e6
+
+
+def test_lines_of_the_log_have_the_clients_address(faulty):
+    "Answered, refused or turned away: as the proxy says it, and as nobody else does."
+    def ask(via, client, **auth):
+        with httpx.Client(transport=httpx.HTTPTransport(local_address=via)) as c:
+            r = c.post(faulty.url+'/predict', json={'designation': 'Livre'},
+                       headers=auth | {'x-forwarded-for': f'6.6.6.6, {client}', 'x-request-id': f'x{client}'})
+        return r.status_code, r.headers['x-request-id']
+    taken = lambda: faulty.metric('rakuten_in_flight_listings')
+    asked = {'198.51.100.1': ask('127.0.0.3', '198.51.100.1', **faulty.auth),
+             '198.51.100.2': ask('127.0.0.3', '198.51.100.2'),
+             '127.0.0.1': ask('127.0.0.1', '198.51.100.3', **faulty.auth)}
+    slow = [half_a_request(faulty) for _ in range(8)]
+    until(lambda: taken() == 8, 5)
+    asked |= {'198.51.100.4': ask('127.0.0.3', '198.51.100.4', **faulty.auth),
+              '127.0.0.2': ask('127.0.0.2', '198.51.100.5', **faulty.auth)}
+    for s in slow: s.close()
+    until(lambda: taken() == 0, 5)
+    assert [status for status,_ in asked.values()] == [200, 401, 200, 503, 503]
+    said = {l['request_id']: l for l in map(json.loads, faulty.log.read_text().splitlines()) if 'request_id' in l}
+    assert {client: (said[id]['status'], said[id]['client']) for client,(_,id) in asked.items()} == {
+        client: (status, client) for client,(status,_) in asked.items()}
 
 
 def test_f15_worker_dies(faulty):
