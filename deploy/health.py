@@ -31,14 +31,8 @@ def artifacts()->Path:
     return Path(os.environ.get('RAKUTEN_MM_ARTIFACTS', 'artifacts'))
 
 
-def get(
-    url:str,
-    user:str='',
-    password:str='',
-    body:dict|None=None, # Sent as JSON
-    timeout_s:float=5,
-)->bytes:
-    "The body of a 200; raises `HTTPError` for another answer, `Unwell` for none."
+def get(url:str, user:str='', password:str='', body:dict|None=None, timeout_s:float=5)->bytes:
+    "The body of a 200, `body` sent as JSON; raises `HTTPError` for another answer, `Unwell` for none."
     login = base64.b64encode(f'{user}:{password}'.encode()).decode()
     headers = {'content-type': 'application/json'} | ({'authorization': f'Basic {login}'} if user else {})
     request = urllib.request.Request(url, json.dumps(body).encode() if body else None, headers)
@@ -66,12 +60,11 @@ def mlflow():
 
 
 def champion():
-    "There is a model to serve: in the registry, or kept here from before."
-    if (artifacts()/'models'/'rakuten-mm-champion.json').exists(): return
+    "There is a model to serve: in the registry, or kept from before while that cannot be asked. `serve` rules so too."
     try: ask_mlflow('registered-models/alias', name='rakuten-mm', alias='champion')
     except Unwell as e:
-        none = str(e) in ('answers 404', 'answers 400')
-        raise Unwell('no model was promoted yet' if none else f'MLflow {e}') from None
+        if str(e) in ('answers 404', 'answers 400'): raise Unwell('no model was promoted yet') from None
+        if not (artifacts()/'models'/'rakuten-mm-champion.json').exists(): raise Unwell(f'MLflow {e}') from None
 
 
 def fetch():
@@ -111,10 +104,8 @@ def api():
 CHECKS = {f.__name__: f for f in (mlflow, champion, fetch, database, scheduler, api)}
 
 
-def problem(
-    name:str # Of `CHECKS`
-)->str:
-    "Name what is wrong with a service; empty if nothing is."
+def problem(name:str)->str:
+    "Name what is wrong with one of `CHECKS`; empty if nothing is."
     try: CHECKS[name]()
     except Exception as e: return f'{name}: {e if isinstance(e, Unwell) else f"{type(e).__name__}: {e}"}'
     return ''
@@ -122,5 +113,4 @@ def problem(
 
 if __name__ == '__main__':
     if not sys.argv[1:] or not CHECKS.keys() >= set(sys.argv[1:]): sys.exit(__doc__)
-    for name in sys.argv[1:]:
-        if said := problem(name): sys.exit(said)
+    sys.exit('\n'.join(filter(None, map(problem, sys.argv[1:]))) or 0)

@@ -20,30 +20,20 @@ from deploy.health import CHECKS, problem
 def say(text:str): print(text, flush=True)
 
 
-def wait_for(
-    need:str, # Of `CHECKS`
-    pause_s:float=1,
-):
-    "Return when `need` is well; say what is wrong when that changes, and every five minutes."
+def wait_for(need:str):
+    "Return when one of `CHECKS` is well; say what is wrong when that changes, and every five minutes."
     said,when = '', 0.
     while now := problem(need):
         if now != said or time.monotonic()-when > 300: say(f'waiting: {now}'); said,when = now, time.monotonic()
-        time.sleep(pause_s)
-
-
-def marked(
-    *names:str # Of environment variables
-)->list[psutil.Process]: # Without this one
-    "Processes with this one's values: a service's children are known by them, whoever their parent is by now."
-    mark = {(n, os.environ.get(n)) for n in names}
-    return [p for p in psutil.process_iter(['environ'])
-            if p.pid != os.getpid() and mark <= (p.info['environ'] or {}).items()]
+        time.sleep(1)
 
 
 def end_leftovers(grace_s:float=10):
-    "End processes of an earlier life of this service, children of one that was killed, which may hold its port."
+    "End processes of an earlier life of this service, known by their environment: they may hold its port."
+    mark = {(n, os.environ.get(n)) for n in ('RAKUTEN_MM_SERVICE', 'RAKUTEN_MM_UP')}
     for end in (psutil.Process.terminate, psutil.Process.kill):
-        left = marked('RAKUTEN_MM_SERVICE', 'RAKUTEN_MM_UP')
+        left = [p for p in psutil.process_iter(['environ'])
+                if p.pid != os.getpid() and mark <= (p.info['environ'] or {}).items()]
         if left: say(f'ending {len(left)} processes of an earlier start')
         for p in left:
             with suppress(psutil.NoSuchProcess): end(p)
@@ -55,10 +45,8 @@ def end_with_parent():
     if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, which outlives exec
 
 
-def split(
-    args:list[str]
-)->tuple[list[str], list[list[str]]]: # Needs and commands
-    "Split the command line; raises `ValueError`."
+def split(args:list[str])->tuple[list[str], list[list[str]]]:
+    "Needs and commands of a command line; raises `ValueError`."
     parts:list[list[str]] = [[]]
     for a in args: parts.append([]) if a == '--' else parts[-1].append(a)
     needs,*commands = parts

@@ -9,7 +9,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUTF8=1 ZENML_LOGGING_COLORS_DISABLE
 say() { printf '\n== %s\n' "$*" >&2; }
 
 PYTHON=${PYTHON:-python3.11}
-command -v "$PYTHON" >/dev/null || { echo "Python 3.11 is needed (looked for $PYTHON; set PYTHON to another name)" >&2; exit 1; }
+# 3.11.5, because of soupsieve: Debian 12 has 3.11.2.
+"$PYTHON" -c 'import sys; sys.exit(not (3, 11, 5) <= sys.version_info < (3, 12))' 2>/dev/null ||
+    { echo "Python 3.11.5 or a later 3.11 is needed (looked for $PYTHON; set PYTHON to another name)" >&2; exit 1; }
 stamp=$(cat settings.ini setup.py pyproject.toml requirements.txt | "$PYTHON" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
 if [ "$(cat .venv/.installed 2>/dev/null)" != "$stamp" ]; then
     say "installing into .venv (minutes, about 6 GB)"

@@ -34,7 +34,8 @@ def users():
 @users.command('add')
 @click.argument('name')
 @click.option('--role', type=click.Choice(ROLES), default='predict', help='Each may do what those before it may.')
-@click.password_option(help='Asked for if left out; do not leave it in a shell history.')
+@click.password_option(envvar='API_NEW_PASSWORD',
+                       help='Asked for if left out; do not leave it in a shell history, API_NEW_PASSWORD may have it.')
 def add_user(name, role, password):
     "Add a user, or give one another password or role."
     from serving import auth, store

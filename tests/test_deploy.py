@@ -4,6 +4,9 @@ There is no container engine here. The file is read, its commands and health che
 """
 import configparser
 import fcntl
+import functools
+import hashlib
+import importlib.metadata
 import importlib.resources
 import json
 import os
@@ -15,9 +18,12 @@ import socket
 import ssl
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
+import zipfile
 from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -47,7 +53,7 @@ def interpolate(
     value, # Strings, and lists and mappings of them
     env:dict[str, str],
 ):
-    "`value` with `${NAME}`, `${NAME:-default}` and `${NAME:?error}` filled in, as Compose does."
+    "`value` with `${NAME}`, `${NAME-default}`, `${NAME:-default}` and `${NAME:?error}` filled in, as Compose does."
     if isinstance(value, dict): return {k: interpolate(v, env) for k,v in value.items()}
     if isinstance(value, list): return [interpolate(v, env) for v in value]
     if not isinstance(value, str): return value
@@ -56,7 +62,8 @@ def interpolate(
         if env.get(name): return env[name]
         if how == ':?': raise ValueError(f'{name}: {other}')
         return other or ''
-    return re.sub(r'\$\{(\w+)(?:(:[-?])([^}]*))?\}', fill, value)
+    while (filled := re.sub(r'\$\{(\w+)(?:(:?[-?])([^{}]*))?\}', fill, value)) != value: value = filled
+    return value  # from inside out
 
 
 def read_compose(env:dict[str, str])->dict:
@@ -114,7 +121,9 @@ def test_every_service_waits_for_the_health_of_what_it_needs(compose):
     needs = lambda s: set(s['command'][3:s['command'].index('--')])-{'champion'}
     for name in OURS:
         s = compose['services'][name]
-        assert all(d['condition'] == 'service_healthy' for d in s.get('depends_on', {}).values()), name
+        # start.py waits for a delivery, which may take hours; `up -d` does not.
+        assert all(d['condition'] == ('service_started' if need == 'fetch' else 'service_healthy')
+                   for need,d in s.get('depends_on', {}).items()), name
         assert {n.replace('database', 'postgres') for n in needs(s)} <= s.get('depends_on', {}).keys(), name
     assert {'mlflow', 'fetch', 'postgres'} == compose['services']['scheduler']['depends_on'].keys()
     assert 'champion' in compose['services']['api']['command'], 'the API waits for a model'
@@ -265,11 +274,12 @@ def test_f30_every_container_is_confined(compose):
         assert uid > 0 and gid > 0, name
         assert s['read_only'] is True and any(t.startswith('/tmp:') for t in s['tmpfs']), name
         assert s['cap_drop'] == ['ALL'] and 'cap_add' not in s and s['security_opt'] == ['no-new-privileges:true'], name
-        assert s['mem_limit'] and float(s['cpus']) > 0 and int(s['pids_limit']) > 0, name
+        assert s['mem_limit'] and 0 <= float(s['cpus']) <= 1 and int(s['pids_limit']) > 0, name
         assert s['healthcheck']['test'][0] == 'CMD' and s['healthcheck']['retries'], name
         assert not s['healthcheck'].get('disable'), name
         assert s['restart'] == 'unless-stopped' and s['logging']['options'].keys() == {'max-size', 'max-file'}, name
         assert s['stop_grace_period'], name
+        assert all('size=' in t or t.startswith('/var/run/') for t in s['tmpfs']), name
         for v in s['volumes']:
             source,_,*mode = v.split(':')
             assert source in compose['volumes'] or (source.startswith('./') and mode == ['ro']), f'{name}: {v}'
@@ -291,6 +301,71 @@ def test_f30_bases_are_pinned(compose):
     assert (ROOT/'.dockerignore').read_text().split('\n')[1] == '*', 'nothing is copied that is not named'
 
 
+def test_an_edit_of_code_installs_nothing():
+    "Packages are a stage that sees the list and the lock only, and are copied before any code."
+    stages = re.split(r'^FROM .*$', (DEPLOY/'Dockerfile').read_text(), flags=re.M)[1:]
+    copied = [re.findall(r'^COPY (.+) \S+$', s, re.M) for s in stages]
+    assert copied[1] == ['requirements.txt', 'scripts/pip_locked.sh deploy/install.sh', '--from=list /extras.txt']
+    assert copied[0] == ['settings.ini', 'scripts/extras.py'] and copied[2][0] == '--from=packages /opt/venv'
+    code = [n for line in copied[2][1:] for n in line.split()]
+    assert {'rakuten_mm', 'serving', 'zenml_pipelines', 'deploy', 'scripts', 'nbs', 'LICENSE'} <= {*code}
+    assert all((ROOT/n).exists() for n in code)
+    allowed = {l[1:] for l in (ROOT/'.dockerignore').read_text().splitlines() if l.startswith('!')}
+    assert {*code, 'requirements.txt'} <= allowed
+    last = stages[2][stages[2].index('COPY rakuten_mm'):]
+    assert '--no-compile' in last and 'apt-get' not in last and 'requirement' not in last
+
+
+@contextmanager
+def index_of(folder:Path, **versions):
+    "Wheels of these versions with nothing in them, in an index; gives its URL."
+    for name,v in versions.items():
+        home = folder/name.lower(); home.mkdir(parents=True)
+        with zipfile.ZipFile(home/f'{name}-{v}-py3-none-any.whl', 'w') as z:
+            about = f'{name}-{v}.dist-info'
+            z.writestr(f'{about}/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: {v}\n')
+            z.writestr(f'{about}/WHEEL', 'Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+            z.writestr(f'{about}/RECORD', '')
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
+    handler.func.log_message = lambda *_: None
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try: yield f'http://127.0.0.1:{server.server_port}'
+        finally: server.shutdown()
+
+
+def test_the_image_has_pytorch_for_cpus(tmp_path):
+    "Of the lock's version, from its own index; all others are installed by their hashes only."
+    lock,build,bin = (ROOT/'requirements.txt').read_text(), tmp_path/'build', tmp_path/'venv'/'bin'
+    versions = {n: re.search(rf'^{n}==([^ ;]+)', lock, re.M)[1]+'+cpu' for n in ('torch', 'torchvision')}
+    before = importlib.metadata.version('torch')
+    (build/'scripts').mkdir(parents=True)
+    for n in ('deploy/install.sh', 'scripts/pip_locked.sh'): shutil.copy(ROOT/n, build/'scripts')
+    (build/'extras.txt').write_text('torch>=2,<3\ntorchvision<1\n')
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', tmp_path/'venv'], check=True)
+    for part in Path(sysconfig.get_path('purelib')).glob('pip*'):  # the one of the lock
+        if re.fullmatch(r'pip(-.*\.dist-info)?', part.name):
+            shutil.copytree(part, next(tmp_path.glob('venv/lib/*/site-packages'))/part.name)
+    with index_of(tmp_path/'theirs', **versions) as url, index_of(tmp_path/'pypi', setuptools='1') as others:
+        digest = hashlib.sha256(next((tmp_path/'pypi'/'setuptools').iterdir()).read_bytes()).hexdigest()
+        own = ''.join(re.findall(r'^(?:torch|torchvision)==(?:.*\\\n)*.*\n', lock, re.M))
+        # Nothing but this environment's own programs and the system's: what runs the tests must stay as it is.
+        env = os.environ | dict(PATH=f'{bin}:/usr/bin:/bin', VIRTUAL_ENV=str(bin.parent), TORCH='cpu',
+                                TORCH_INDEX=url, PIP_INDEX_URL=others, PIP_CONFIG_FILE=os.devnull, PIP_FIND_LINKS='',
+                                PYTHONPATH='')
+        where = subprocess.run([bin/'python', '-m', 'pip', '--version'], env=env, capture_output=True, text=True).stdout
+        assert str(tmp_path) in where
+        def install(digest):
+            (build/'requirements.txt').write_text(own+f'setuptools==1 --hash=sha256:{digest}\n')
+            return subprocess.run(['scripts/install.sh'], cwd=build, env=env, capture_output=True, text=True)
+        assert 'DO NOT MATCH THE HASHES' in install('0'*64).stderr
+        done = install(digest)
+    assert done.returncode == 0, done.stdout+done.stderr
+    assert importlib.metadata.version('torch') == before
+    there = subprocess.run([bin/'python', '-m', 'pip', 'freeze', '--all'], capture_output=True, text=True).stdout
+    assert {f'{n}=={v}' for n,v in versions.items()} | {'setuptools==1'} <= {*there.splitlines()}
+
+
 def test_f30_what_is_not_ones_business_is_not_ones_environment(compose):
     env = {n: s['environment'] for n,s in compose['services'].items() if 'environment' in s}
     secret = lambda n: {k for k,v in FILLED.items() if any(v in str(x) for x in env[n].values())}
@@ -307,6 +382,10 @@ def test_f30_only_the_proxy_is_believed(compose):
     "The address whose X-Forwarded-For counts is the proxy's alone, and the proxy replaces what clients send."
     s = compose['services']
     proxy = s['proxy']['networks']['edge']['ipv4_address']
+    other = read_compose(FILLED | dict(RAKUTEN_MM_EDGE='10.9.8'))
+    assert other['services']['proxy']['networks']['edge']['ipv4_address'] == '10.9.8.2'
+    assert other['services']['api']['environment']['API_FORWARDED'] == '10.9.8.2'
+    assert other['networks']['edge']['ipam']['config'][0]['subnet'] == '10.9.8.0/24'
     assert s['api']['environment']['API_FORWARDED'] == proxy != s['api']['networks']['edge']['ipv4_address']
     conf = (DEPLOY/'nginx.conf').read_text()
     assert 'proxy_set_header X-Forwarded-For $remote_addr;' in conf and '$proxy_add_x_forwarded_for' not in conf
@@ -335,7 +414,8 @@ def nginx_before(
     (home/'nginx.conf').write_text(conf)
     # Started by root its workers would be another user, to whom the folder is closed.
     user = 'user root;' if os.geteuid() == 0 else ''
-    nginx = subprocess.Popen(['nginx', '-c', home/'nginx.conf', '-g', f'daemon off; {user}'])
+    with (home/'log').open('w') as log:
+        nginx = subprocess.Popen(['nginx', '-c', home/'nginx.conf', '-g', f'daemon off; {user}'], stdout=log)
     try:
         until(lambda: nginx.poll() or not socket.socket().connect_ex(('127.0.0.1', port)), 10, 'nginx')
         assert nginx.poll() is None
@@ -345,7 +425,7 @@ def nginx_before(
 
 @needs_nginx
 def test_f30_nginx_example(tmp_path):
-    "TLS ends here, and a forged X-Forwarded-For with it."
+    "TLS ends here, and a forged X-Forwarded-For with it. What it refuses itself is logged, the rest by the API."
     upstream,seen = socket.create_server(('127.0.0.1', 0)), []
     def answer():
         connection = upstream.accept()[0]
@@ -355,6 +435,9 @@ def test_f30_nginx_example(tmp_path):
     with upstream, nginx_before(upstream.getsockname()[1], tmp_path) as port:
         r = httpx.get(f'https://127.0.0.1:{port}/', verify=False, headers={'x-forwarded-for': '6.6.6.6'},
                       trust_env=False)
+        with half_a_body(port, '/predict', {}, 20_000_000) as s: assert s.recv(100)[:12] == b'HTTP/1.1 413'
+    said, = map(json.loads, (tmp_path/'log').read_text().splitlines())
+    assert said == dict(client='127.0.0.1', method='POST', path='/predict', status=413, by='proxy')
     assert r.text == 'ok' and 'max-age' in r.headers['strict-transport-security']
     assert 'X-Forwarded-For: 127.0.0.1\r\n' in seen[0] and '6.6.6.6' not in seen[0]
 
@@ -498,6 +581,27 @@ def test_health_of_fetch_and_database(tmp_path):
     code,said = check('database', os.environ | dict(API_DATABASE_URL=url))
     assert code == 1 and 'refused' in said and 'secret-word' not in said
     assert check('database', os.environ | dict(API_DATABASE_URL=''))[0] == 0 and check('nonsense', os.environ)[0] == 1
+
+
+class Registry(BaseHTTPRequestHandler):
+    "One that knows no alias."
+    def do_GET(self): self.send_error(404)
+    def log_message(self, *_): pass
+
+
+def test_a_kept_model_counts_while_the_registry_cannot_be_asked(tmp_path):
+    "As for `rakuten-mm serve`: a registry that answers and has no champion is believed."
+    note = tmp_path/'models'/'rakuten-mm-champion.json'
+    with ThreadingHTTPServer(('127.0.0.1', 0), Registry) as registry:
+        threading.Thread(target=registry.serve_forever, daemon=True).start()
+        url = f'http://127.0.0.1:{registry.server_port}'
+        env = os.environ | dict(MLFLOW_TRACKING_URI=url, RAKUTEN_MM_ARTIFACTS=str(tmp_path))
+        nobody = env | dict(MLFLOW_TRACKING_URI=f'http://127.0.0.1:{free_port(0)}')
+        assert check('champion', nobody)[0] == 1
+        note.parent.mkdir(); note.write_text('{}')
+        assert check('champion', nobody)[0] == 0
+        assert check('champion', env) == (1, 'champion: no model was promoted yet\n')
+        registry.shutdown()
 
 
 # Half a delivery -----------------------------------------------------------------------------------------------------
