@@ -50,6 +50,7 @@ class NetworkConfig:
     input_dropout:float = 0.2 # Dropout of the encoders' vectors
     modality_dropout:float = 0.2 # Chance of hiding the text, and of hiding the image, from the fused expert
     description_dropout:float = 0.1 # Chance of hiding the description of a training listing
+    kernel_rows:int = 8_000 # Most training listings that the kernel expert compares with; 0 leaves it out
 
 # %% ../../nbs/lib/core/00_config.ipynb #322a8b6a
 @dataclass(frozen=True)

@@ -138,6 +138,7 @@ def load_bundle(
 )->tuple[MultimodalNet, dict]: # Network in evaluation mode, and config.json
     "The network of a bundle; raises `BundleError`."
     folder,config = Path(folder), verified_config(folder)
+    config['train']['network'].setdefault('kernel_rows', 0)  # older bundles have no such expert
     cfg = from_dict(TrainConfig, config['train']); e = cfg.encoders
     ngrams = NgramEncoder(config['n_ngrams'], e.ngram_dim, e) if e.ngrams else None
     own = (folder/f"text{i or ''}" for i in count())  # as in `MultimodalNet.transformers`

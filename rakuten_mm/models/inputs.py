@@ -170,7 +170,8 @@ def __getitem__(self:ProductDataset,
     if self.full:
         pick = lambda full,short: np.where(cut[:, None], short(), full()) if cut.any() else full()
         if 'text' in s: b['scaled_text'] = pick(lambda: s['text'][0][idx], lambda: s['text'][-1][idx])
-        else: b['text'] = pick(lambda: self.full.vectors(idx), lambda: self.short.vectors(idx))
+        if 'text' not in s or net.kernel:
+            b['text'] = pick(lambda: self.full.vectors(idx), lambda: self.short.vectors(idx))
         if net.linear: b['linear'] = pick(lambda: self.linear[0][idx], lambda: self.linear[1][idx])
     elif 'text' in net.cfg.modalities: b |= blank(net, len(idx))
     seen = dict(has_text=self.has_text[idx] & (self.state != 'image'),

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from ..core.config import EncoderConfig, NetworkConfig, TrainConfig
 from .encoders import (HFEncoder, ImageEncoder, ImageEncoders, StaticEncoder, TextEncoders,
                                         hf_encoder, image_encoder, named_encoders)
+from .kernel import KernelExpert
 from .lda import LDAExpert
 from .ngrams import LinearExpert, NgramEncoder
 from .standardize import StandardizePCA
@@ -160,7 +161,15 @@ class MultimodalNet(nn.Module):
         self.experts = Experts(kept['text'], kept['image'], n_classes, cfg.network)
         self.linear = LinearExpert(len(ngrams.buckets), n_classes) if ngrams else None
         self.gaussian = LDAExpert(kept, n_classes, cfg.network.members) if not cfg.fine_tunes else None
-        self.stack = Stack(['linear']*bool(ngrams)+['gaussian']*(not cfg.fine_tunes)+list(self.experts.each))
+        self.kernel = self.kernel_expert(cfg.network) if len(self.scale) > 1 and not cfg.fine_tunes else None
+        fitted = dict(linear=self.linear, gaussian=self.gaussian, kernel=self.kernel)
+        self.stack = Stack([*(n for n,e in fitted.items() if e), *self.experts.each])
+
+    def kernel_expert(self, cfg:NetworkConfig)->KernelExpert|None:
+        "The expert that compares, unless it is left out."
+        texts = [e.dim for e in ([self.ngrams] if self.ngrams else [])+self.text_encoders]
+        return KernelExpert(texts, self.scale['image'].dim, self.n_classes, cfg.members, cfg.kernel_rows) \
+            if cfg.kernel_rows else None
 
     @property
     def transformers(self)->dict[str, HFEncoder]: # `text`, `text1`, …
@@ -191,7 +200,9 @@ def forward(self:MultimodalNet, batch:dict)->Tensor: # (M, E, B, K)
     v,masks = self.vectors(batch), [batch[k].float().unsqueeze(1) for k in ('has_text', 'has_image')]
     x = self.experts(v.get('text'), v.get('image'), *masks)
     if self.experts.training or not self.gaussian: return x
-    return torch.cat([self.gaussian(v, *masks).unsqueeze(1), x], 1)
+    fitted = [self.gaussian(v, *masks)]
+    if self.kernel: fitted.append(self.kernel(batch['text'], v['image'], *masks))
+    return torch.cat([torch.stack(fitted, 1), x], 1)
 
 # %% ../../nbs/lib/models/08_network.ipynb #a15e7f30
 @patch
@@ -269,13 +280,13 @@ def with_classes(self:MultimodalNet,
     titles:list[str], # Clean titles of training listings that it has not seen
     descriptions:list[str],
 )->MultimodalNet: # In evaluation mode
-    "The network with more categories and n-grams, its linear and LDA experts to be fitted; raises `ValueError`."
+    "The network with more categories and n-grams, what needs no gradient to be fitted; raises `ValueError`."
     if not {*known} <= {*codes}: raise ValueError(f'a network cannot forget: {sorted({*known}-{*codes})}')
     ngrams = self.ngrams and self.ngrams.extended(titles, descriptions)
     out = MultimodalNet(ngrams, self.text, self.image, len(codes), self.cfg)
     at,kept = torch.tensor([codes.index(c) for c in known]), self.state_dict()
     for k,new in out.state_dict().items():
-        if k.startswith(('ngrams.', 'linear.')): continue
+        if k.startswith(('ngrams.', 'linear.', 'kernel.')): continue
         if new.shape == kept[k].shape: new.copy_(kept[k]); continue
         new.fill_(0. if 'weight' in k else kept[k].min().item())
         new[..., at] = kept[k]

@@ -30,13 +30,14 @@ READS = dict(linear=['text'], text=['text'], image=['image'])
 class Stack(nn.Module):
     "Weighted sums of experts' logits, with weights for each state."
     def __init__(self,
-        names:list[str], # Experts: some of `linear`, `gaussian`, `text`, `image`, `fused`; or bundles
+        names:list[str], # Experts: some of `linear`, `gaussian`, `kernel`, `text`, `image`, `fused`; or bundles
         reads:dict[str, list[str]] = READS, # The parts that an expert reads; all that are not here read both
     ):
         super().__init__()
         self.names = names
         shown = lambda s: {'text': {'text'}, 'image': {'image'}}.get(s, {'text', 'image'})
-        allowed = torch.tensor([[bool(shown(s) & {*reads.get(n, ['text', 'image'])}) for n in names] for s in STATES])
+        heard = lambda n,s: len(shown(s)) > 1 if n == 'kernel' else shown(s) & {*reads.get(n, ['text', 'image'])}
+        allowed = torch.tensor([[bool(heard(n, s)) for n in names] for s in STATES])
         self.register_buffer('allowed', allowed, persistent=False)
         self.register_buffer('weights', allowed/allowed.sum(1, keepdim=True).clamp(min=1))
 

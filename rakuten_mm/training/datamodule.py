@@ -141,6 +141,10 @@ def setup(self:ProductDataModule,
     if net.gaussian:
         vectors = {m: v[0] if m == 'text' else v for m,v in train.scaled.items()}
         net.gaussian.fit(vectors, train.has_text, train.has_image, train.targets, train.fold, train.soft)
+    if net.kernel:
+        some = net.kernel.sample(np.flatnonzero(train.has_text & train.has_image))
+        soft,image = None if train.soft is None else train.soft[some], train.scaled['image'][some]
+        net.kernel.fit(train.full.vectors(some), image, train.targets[some], train.fold[some], soft)
     self.splits = dict(train=train, val=val)
 
 # %% ../../nbs/lib/training/01_datamodule.ipynb #427c66be

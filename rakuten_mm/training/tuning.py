@@ -100,12 +100,12 @@ def with_heads(
 )->ProductDataModule:
     "The same listings for a network with new members."
     base = dm.net
-    shared = lambda c: (c.encoders, c.network.members, c.network.components)
+    shared = lambda c: (c.encoders, c.network.members, c.network.components, c.network.kernel_rows)
     if shared(cfg) != shared(base.cfg):
-        raise ValueError('trials share encoders and folds; prepare anew to change encoders, network.members '
-                         'or network.components')
+        raise ValueError('trials share encoders and folds; prepare anew to change encoders, network.members, '
+                         'network.components or network.kernel_rows')
     net = MultimodalNet(base.ngrams, base.text, base.image, base.n_classes, cfg)
-    net.linear,net.gaussian,net.scale = base.linear,base.gaussian,base.scale
+    net.linear,net.gaussian,net.kernel,net.scale = base.linear,base.gaussian,base.kernel,base.scale
     other = ProductDataModule(dm.data, net, dm.codes, dm.store_dir, dm.seed, progress=dm.progress)
     train = copy(dm.splits['train'])
     train.hide_description = cfg.network.description_dropout
