@@ -1,7 +1,12 @@
 "Commands of the server: `rakuten-mm serve` and `rakuten-mm users`. Each imports what it needs when it runs."
+import errno
+import socket
+from pathlib import Path
+
 import click
 
 from rakuten_mm.api import ROLES
+from rakuten_mm.cli.output import shown_by, table
 
 
 class ServeCommand(click.Command):
@@ -13,13 +18,28 @@ class ServeCommand(click.Command):
             formatter.write(f'  API_{name.upper():18} {f.description} ({f.default!r})\n')
 
 
+def check_port(host:str, port:int):
+    "Raise `OSError` with a cure if a server cannot listen there, before it loads its model."
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET): pass
+    except OSError as e:
+        why = {errno.EADDRINUSE: 'is in use; stop what listens there, or choose another --port',
+               errno.EACCES: 'may not be opened by this user; choose a --port above 1023'}.get(e.errno or 0)
+        raise OSError(f'port {port} of {host} {why}' if why else f'{host}:{port}: {e.strerror}') from None
+
+
 @click.command(cls=ServeCommand)
 @click.option('--model', default='models:/rakuten-mm@champion',
               help='Folder, models:/rakuten-mm@ALIAS or models:/rakuten-mm/VERSION.')
 @click.option('--host', type=click.Choice(['127.0.0.1', '0.0.0.0', '::']), default='127.0.0.1')
-@click.option('--port', default=8080)
+@click.option('--port', default=8080, type=click.IntRange(0, 65535))
 def serve(model, host, port):
-    "Serve predictions over HTTP, for the user API_USERNAME with API_PASSWORD, and those that `rakuten-mm users` knows."
+    """Serve predictions over HTTP.
+
+    For the user API_USERNAME with API_PASSWORD, and those that `rakuten-mm users` knows."""
+    if not model.startswith('models:/') and not Path(model).is_dir():
+        raise FileNotFoundError(f'{model}: no such bundle')
+    check_port(host, port)
     from serving.server import serve
     serve(model, host, port)
 
@@ -43,12 +63,19 @@ def add_user(name, role, password):
     click.echo(f'{name} may {role}')
 
 
+def show_users(found:list[dict]):
+    "The list of users."
+    if not found: click.echo('there are no users; `rakuten-mm users add NAME` adds one'); return
+    click.echo(table('name role since', [(u['name'], u['role'], u['since']) for u in found]))
+
+
 @users.command('list')
+@shown_by(show_users)
 def list_users():
     "List all users, with role and date."
     from serving.store import Store
     with Store.from_environment() as s:
-        for u in s.users().values(): click.echo(f'{u.name:24} {u.role:8} since {u.created_at:%Y-%m-%d}')
+        return [dict(name=u.name, role=u.role, since=u.created_at) for u in s.users().values()]
 
 
 @users.command('remove')
@@ -68,20 +95,27 @@ def answers():
     load_environment()
 
 
+def show_erased(out:dict):
+    "What was removed, in a sentence."
+    done = 'would be removed' if out['dry_run'] else 'removed'
+    click.echo(f"{out['answers']:,} answers and {out['images']:,} images {done}; "
+               f"{out['corrected']:,} corrected ones lose their listing and keep their label")
+
+
 @answers.command('erase')
 @click.option('--older-than', type=click.FloatRange(min=0), metavar='DAYS', help='Answers given so many days ago.')
 @click.option('--prediction', metavar='ID', default='', help='This answer, and every other one to the same listing.')
 @click.option('--dry-run', is_flag=True, help='Count, and remove nothing.')
+@shown_by(show_erased)
 def erase_answers(older_than, prediction, dry_run):
-    "Remove answers, texts and images; of an answer that was corrected the label stays, without the listing."
+    """Remove answers, texts and images.
+
+    Of an answer that was corrected the label stays, without the listing."""
     from datetime import UTC, datetime, timedelta
 
     from serving.store import Store
     if (older_than is None) == (not prediction): raise ValueError('give --older-than or --prediction')
     before = datetime.now(UTC)-timedelta(days=older_than or 0)
     with Store.from_environment() as s:
-        try: out = s.erase(before, prediction, dry_run)
+        try: return s.erase(before, prediction, dry_run) | dict(dry_run=dry_run)
         except KeyError: raise ValueError(f'there is no answer {prediction!r}') from None
-    done = 'would be removed' if dry_run else 'removed'
-    click.echo(f"{out['answers']:,} answers and {out['images']:,} images {done}; "
-               f"{out['corrected']:,} corrected ones lose their listing and keep their label")

@@ -157,7 +157,7 @@ def serve(
     log_as_json()
     os.umask(os.umask(0o077) | 0o077)  # what is written holds texts of customers
     try: server = make_server(model)
-    except (MissingPassword, ValueError, OSError, BundleError) as e: sys.exit(f'rakuten-mm: {e}')
+    except (MissingPassword, ValueError, OSError, BundleError) as e: sys.exit(f'Error: {e}')
     proxies = server.cfg.forwarded
     BoundedProtocol.room,BoundedProtocol.admission = room_for_connections(), server.admission
     config = uvicorn.Config(server.app, host=host, port=port, log_config=None, access_log=False, server_header=False,
@@ -176,9 +176,9 @@ def serve(
         for pool in pools: pool.shutdown(False, cancel_futures=True)
     leave_the_log()
     if waits_for_ever(*pools):
-        print(f'rakuten-mm: {ended or "ended while something did not answer"}', file=sys.stderr, flush=True)
+        print(f'Error: {ended or "ended while something did not answer"}', file=sys.stderr, flush=True)
         os._exit(bool(ended))
-    if ended: sys.exit(f'rakuten-mm: {ended}')
+    if ended: sys.exit(f'Error: {ended}')
 
 
 def waits_for_ever(*pools:ThreadPoolExecutor)->bool:

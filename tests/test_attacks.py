@@ -405,7 +405,7 @@ def test_f78_server_and_a_database_that_cannot_be_used(bundle, tmp_path, monkeyp
     for k,v in env.items(): monkeypatch.setenv(f'API_{k}', v)
     monkeypatch.setattr(front, 'log_as_json', lambda: None)
     with pytest.raises(SystemExit) as e: front.serve(str(bundle), port=free_port())
-    assert e.value.code.startswith('rakuten-mm: ') and len(e.value.code.splitlines()) == 1
+    assert e.value.code.startswith('Error: ') and len(e.value.code.splitlines()) == 1
 
 
 OPEN:list = []

@@ -423,11 +423,11 @@ def test_versions_and_quarantine_from_the_command_line(raw, copy, tmp_path):
     run = lambda *a: CliRunner().invoke(cli, [str(x) for x in a])
     assert '299 added' in run('ingest', copy, tmp_path/'data').output
     out = run('data', 'quarantine', tmp_path/'data', '--csv', tmp_path/'q.csv').output
-    assert '1 image_missing: the image is not there' in out
+    assert '1  image_missing  the image is not there' in out
     assert pd.read_csv(tmp_path/'q.csv').reason.tolist() == ['image_missing']
     assert '1 added' in run('ingest', raw, tmp_path/'data').output
     listed = run('data', 'list', tmp_path/'data').output.splitlines()
-    assert len(listed) == 2 and listed[1].startswith('*')
+    assert listed[0].split()[:3] == ['VERSION', 'LISTINGS', 'ADDED'] and len(listed) == 3 and listed[2].startswith('*')
     assert run('ingest', raw, tmp_path/'data', '--max-quarantine', '7').exit_code == 2
 
 

@@ -169,8 +169,10 @@ def test_run_is_recorded(home):
     assert kept == run
     assert runner(s, '').run(s.jobs[0], 'by hand').outcome == 'ok'
     shown = CliRunner().invoke(cli, ['runs']).output.splitlines()
-    assert len(shown) == 2 and 'ok' in shown[0] and 'exit 3' in shown[1] and 'by hand' in shown[1]
-    assert json.loads(CliRunner().invoke(cli, ['runs', '--json', '--limit', '1']).output)['exit_code'] == 0
+    assert shown[0].split() == ['STARTED', 'JOB', 'OUTCOME', 'TOOK', 'EXIT', 'WHY']
+    assert len(shown) == 3 and 'ok' in shown[1] and shown[2].split()[-3:] == ['3', 'by', 'hand']
+    told = json.loads(CliRunner().invoke(cli, ['runs', '--json', '--limit', '1']).output)
+    assert [r['exit_code'] for r in told] == [0]
     assert 'nothing was run' in CliRunner().invoke(cli, ['runs', '--pipeline', 'drift']).output
 
 
@@ -551,9 +553,11 @@ def test_commands(home):
     schedule(home)
     unknown = call('scheduler', 'trigger', 'fly', '--schedule', home/'schedule.yaml')
     assert unknown.exit_code == 1 and "no job 'fly'; there are check" in unknown.output
+    jobs = json.loads(call('scheduler', 'list', '--schedule', home/'schedule.yaml', '--json').stdout)
+    assert [j['job'] for j in jobs] == ['check'] and jobs[0]['next'].endswith('+00:00')
     assert 'nothing was run yet' in call('runs').output
     History().save(Run('check', 'api_check', 'schedule', started=1e9).end('failed', 1, ended=1e9+61))
-    assert call('runs').output == '2001-09-09 01:46:40  check        failed         61 s  exit 1    schedule\n'
+    assert call('runs').output.splitlines()[1] == '2001-09-09 01:46:40  check  failed   61 s     1  schedule'
     assert '"exit_code": 1' in call('runs', '--json', '--pipeline', 'api_check').output
 
 

@@ -248,7 +248,7 @@ def test_f19_f28_refuses_to_start(bundle, tmp_path, monkeypatch, caplog, how, sa
         monkeypatch.setenv(f'API_{k}', v)
     monkeypatch.setattr(front, 'log_as_json', lambda: None)
     with pytest.raises(SystemExit) as ended: front.serve(str(broken(bundle, tmp_path, how)), port=free_port())
-    assert says in ended.value.code and ended.value.code.startswith('rakuten-mm: ')  # a text is exit code 1
+    assert says in ended.value.code and ended.value.code.startswith('Error: ')  # a text is exit code 1
     assert 'documentation at' not in caplog.text
 
 
