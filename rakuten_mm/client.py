@@ -213,9 +213,15 @@ def explain(self:BaseClient, designation='', description=None, image:ImageInput=
 
 # %% ../nbs/lib/01_client.ipynb #3e92feef
 @patch
-def feedback(self:BaseClient, prediction_id:str, prdtypecode:int, reviewer:str|None=None)->dict:
-    "Store that `prdtypecode` is right, and get the verdict; raises `APIError`. An admin may name a `reviewer`."
-    body = dict(prediction_id=prediction_id, prdtypecode=int(prdtypecode))
+def feedback(self:BaseClient,
+    prediction_id:str,
+    prdtypecode:int|None = None, # The right category
+    reviewer:str|None = None, # Who says so; only an admin may name another
+    unusable:str|None = None, # Instead of a category: why there is none, of `rakuten_mm.api.UNUSABLE`
+)->dict:
+    "Store what is right for a listing, and get the verdict; raises `APIError`."
+    body = dict(prediction_id=prediction_id, prdtypecode=None if prdtypecode is None else int(prdtypecode))
+    if unusable is not None: body['unusable'] = unusable
     if reviewer is not None: body['reviewer'] = reviewer
     return self.run(self.call('POST', '/feedback', body, harmless=False))
 

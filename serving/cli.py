@@ -95,6 +95,21 @@ def answers():
     load_environment()
 
 
+def show_unusable(found:list[dict]):
+    "The list of listings without a category."
+    if not found: click.echo('no listing was called unusable'); return
+    columns = 'created_at', 'reason', 'reviewer', 'prediction_id', 'designation'
+    click.echo(table('time reason reviewer answer title', [[u[c] for c in columns] for u in found]))
+
+
+@answers.command('unusable')
+@shown_by(show_unusable)
+def list_unusable():
+    "Listings that reviewers could not label, and why."
+    from serving.store import Store
+    with Store.from_environment() as s: return s.unusable()
+
+
 def show_erased(out:dict):
     "What was removed, in a sentence."
     done = 'would be removed' if out['dry_run'] else 'removed'

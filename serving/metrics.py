@@ -12,6 +12,7 @@ MODEL = Histogram('rakuten_batch_seconds', 'Time that the model took for a batch
 IN_FLIGHT = Gauge('rakuten_in_flight_listings', 'Listings that are worked on or wait')
 BYTES = Gauge('rakuten_in_flight_bytes', 'Bytes of the bodies that are held')
 LANES = Counter('rakuten_lanes_total', 'Answers by lane and model version', ['lane', 'model_version'])
+UNUSABLE = Counter('rakuten_unusable_total', 'Times that a reviewer called a listing unusable, by reason', ['reason'])
 RESTARTS = Counter('rakuten_worker_restarts_total', 'Workers that died or hung')
 REFUSED_MODELS = Counter('rakuten_refused_models_total', 'New models that could not be served')
 DEGRADED = Gauge('rakuten_degraded', '1 while the registry cannot be asked, or a newer model cannot be served')

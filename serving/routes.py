@@ -29,7 +29,7 @@ from serving.config import ServeConfig
 from serving.errors import Refused, of_validation
 from serving.forms import FORM, LOGIN, listing_of_form, login_of_form, small_jpeg
 from serving.registry_watcher import RegistryWatcher
-from serving.store import Feedback, Prediction, Store, verdict, votes
+from serving.store import NO_CATEGORY, Feedback, Prediction, Store, verdict, votes
 from serving.worker_client import WorkerClient
 
 STATIC = Path(__file__).parent/'static'
@@ -111,6 +111,13 @@ class Service:
         self.store.add(row, r.image if keep else None)
         metrics.DROPPED.set(self.store.dropped)
 
+    async def explain(self, listing:dict[str, Any], prdtypecode:int|None)->schema.ExplainResponse:
+        "Words and parts of the image behind a category, or the predicted one."
+        until = time.monotonic()+self.cfg.timeout_s  # the worker's clock too
+        asked = listing | dict(prdtypecode=prdtypecode, until=until)
+        with self.explaining: version,out = await self.worker.ask('explain', asked)
+        return schema.ExplainResponse(**out, model_version=version)
+
     async def predict_one_of_many(self, product, who:Principal, i:int)->schema.BatchItem:
         "The answer to a listing of a batch, or its error."
         try:
@@ -179,10 +186,8 @@ def add_prediction(app:FastAPI, service:Service):
 
     @app.post('/explain', tags=['prediction'], summary='Words and parts of the image behind a category')
     async def explain(listing:schema.ExplainRequest)->schema.ExplainResponse:
-        asked = {k: getattr(listing, k) for k in ('designation', 'description', 'image', 'prdtypecode')}
-        asked['until'] = time.monotonic()+service.cfg.timeout_s  # the worker's clock too
-        with service.explaining: version,out = await service.worker.ask('explain', asked)
-        return schema.ExplainResponse(**out, model_version=version)
+        asked = {k: getattr(listing, k) for k in ('designation', 'description', 'image')}
+        return await service.explain(asked, listing.prdtypecode)
 
 
 def add_access(app:FastAPI, authenticator:Authenticator):
@@ -196,24 +201,28 @@ def add_access(app:FastAPI, authenticator:Authenticator):
 
 
 def correction(f:Feedback)->schema.Correction:
-    return schema.Correction(reviewer=f.reviewer, prdtypecode=f.prdtypecode, created_at=f.created_at)
+    told = dict(reviewer=f.reviewer, prdtypecode=f.prdtypecode, unusable=f.unusable, created_at=f.created_at)
+    return schema.Correction.model_validate(told)
 
 
 def add_feedback(app:FastAPI, service:Service):
     "The page that takes corrections, and the answer of all pages while the database cannot be reached."
-    @app.post('/feedback', tags=['review'], summary='Say what the right category of a listing is')
+    @app.post('/feedback', tags=['review'], summary='Say what the right category of a listing is, or why it has none')
     async def feedback(f:schema.FeedbackRequest, request:Request)->schema.FeedbackResponse:
         who = principal(request)
         if f.reviewer not in (None, who.name) and not who.may('admin'):
             raise Refused(403, 'only an admin may speak for another reviewer')
-        if f.prdtypecode not in {c.prdtypecode for c in service.categories()}:
+        if f.prdtypecode is not None and f.prdtypecode not in {c.prdtypecode for c in service.categories()}:
             raise Refused(422, 'unknown category; see /categories', field='prdtypecode')
-        said = f.prediction_id, f.prdtypecode, f.reviewer or who.name
+        said = f.prediction_id, f.prdtypecode, f.reviewer or who.name, f.unusable
         try: new,all_of_it = await service.database(service.store.correct, *said)
         except KeyError: raise Refused(404, 'no such prediction', field='prediction_id') from None
+        if f.unusable: metrics.UNUSABLE.labels(f.unusable).inc()
+        most = verdict(all_of_it)
         return schema.FeedbackResponse(
             feedback_id=new.id, prediction_id=f.prediction_id, **correction(new).model_dump(),
-            verdict=verdict(all_of_it), conflict=len(votes(all_of_it)) > 1)
+            verdict=None if most == NO_CATEGORY else most, is_unusable=most == NO_CATEGORY,
+            conflict=len(votes(all_of_it)) > 1)
 
     @app.exception_handler(SQLAlchemyError)
     async def no_database(request, exc):
@@ -234,10 +243,28 @@ def add_review(app:FastAPI, service:Service):
 
     @app.get('/review', tags=['review'],
              summary='Listings that wait for a person, those that are most useful to correct first')
-    async def review(request:Request, limit:Annotated[int, Query(ge=1, le=100)] = 20)->schema.ReviewResponse:
-        rows,waiting = await service.database(store.queue, limit, principal(request).name)
+    async def review(
+        request:Request,
+        limit:Annotated[int, Query(ge=1, le=100)] = 20,
+        prdtypecode:Annotated[schema.Code|None, Query(strict=False, description='Only those put here')] = None,
+    )->schema.ReviewResponse:
+        rows,waiting = await service.database(store.queue, limit, principal(request).name, prdtypecode)
         told = await service.database(store.corrections, [r.id for r in rows])
-        return schema.ReviewResponse(items=[item(r, told[r.id]) for r in rows], waiting=waiting)
+        n = sum(waiting.values()) if prdtypecode is None else waiting.get(prdtypecode, 0)
+        categories = [schema.Waiting(prdtypecode=c, waiting=n) for c,n in waiting.items()]
+        return schema.ReviewResponse(items=[item(r, told[r.id]) for r in rows], waiting=n, categories=categories)
+
+    @app.get('/review/{prediction_id}/explanation', tags=['review'],
+             summary='Words and parts of the image behind a category of a listing that waits')
+    async def explanation(
+        prediction_id:str, prdtypecode:Annotated[schema.Code|None, Query(strict=False)] = None
+    )->schema.ExplainResponse:
+        row = await service.database(store.get, prediction_id)
+        if row is None or not row.has_inputs: raise Refused(404, 'no such listing')
+        path = store.image_path(row.image_sha256) if row.image_sha256 else None
+        image = await asyncio.to_thread(path.read_bytes) if path and path.exists() else None
+        asked = dict(designation=row.designation or '', description=row.description, image=image)
+        return await service.explain(asked, prdtypecode)
 
     @app.get('/review/{prediction_id}/image', tags=['review'], response_class=Response,
              summary='The image of a listing that waits, as a JPEG', responses={200: {'content': {'image/jpeg': {}}}})

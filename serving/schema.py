@@ -70,6 +70,7 @@ Base64Image = Annotated[bytes|None, BeforeValidator(decode_base64), ENCODED]
 TITLE = WithJsonSchema({'anyOf': [{'type': 'string', 'maxLength': MAX_TEXT}, {'type': 'null'}]})
 Readable = BeforeValidator(without_unreadable)
 Code = Annotated[int, Field(ge=0, lt=2**53, strict=True)] # Up to what JavaScript's numbers keep exactly, as ingestion
+Reason = Literal['unreadable', 'contradictory', 'several', 'no_category', 'not_a_product'] # `rakuten_mm.api.UNUSABLE`
 ROBOT = {'designation': 'Robot de piscine électrique sans fil'}
 
 
@@ -182,19 +183,30 @@ class ExplainResponse(Category):
 
 
 class FeedbackRequest(BaseModel):
-    "The right category of a listing that was predicted."
+    "The right category of a listing that was predicted, or why it has none."
     model_config = strict({'prediction_id': '2f1c6c1e-6f0b-4a3e-9a59-0c7f7c1f7f10', 'prdtypecode': 2583})
     prediction_id:str = Field(min_length=36, max_length=36, description='From the answer')
-    prdtypecode:Code = Field(description='The right category, which may be the predicted one')
+    prdtypecode:Code|None = Field(None, description='The right category, which may be the predicted one')
+    unusable:Reason|None = Field(
+        None, description='Instead of a category: why the listing cannot be labelled. It is no training data then.')
     reviewer:Annotated[str|None, Readable] = Field(
         None, min_length=1, max_length=64,
         description='Reviewer who says so; the user that asks if left out. Only an admin may name another.')
 
 
+    @model_validator(mode='after')
+    def one_of_both(self):
+        "Refuse a category with a reason for none, and neither."
+        if (self.prdtypecode is None) == (self.unusable is None):
+            raise ValueError('give a prdtypecode, or say why the listing is unusable')
+        return self
+
+
 class Correction(BaseModel):
     "A reviewer's opinion on a prediction."
     reviewer:str
-    prdtypecode:int
+    prdtypecode:int|None = Field(description='null if the listing is unusable')
+    unusable:Reason|None = Field(description='Why it has no category')
     created_at:datetime
 
 
@@ -202,7 +214,9 @@ class FeedbackResponse(Correction):
     "The correction as it was stored, and the outcome of all corrections of this prediction."
     feedback_id:int
     prediction_id:str
-    verdict:int|None = Field(description='Category that most reviewers chose; null while they disagree')
+    verdict:int|None = Field(
+        description='Category that most reviewers chose; null while they disagree, or if most call it unusable')
+    is_unusable:bool = Field(description='True if most reviewers call it unusable')
     conflict:bool = Field(description='True if reviewers disagree')
 
 
@@ -221,10 +235,17 @@ class ReviewItem(BaseModel):
     corrections:list[Correction] = Field(description='Corrections by others, when they disagree')
 
 
+class Waiting(BaseModel):
+    "A category, and how many listings wait that the model would file there."
+    prdtypecode:int
+    waiting:int
+
+
 class ReviewResponse(BaseModel):
     "The listings that are most useful to correct, most useful first."
     items:list[ReviewItem]
-    waiting:int = Field(description='Number of all that wait, shown or not')
+    waiting:int = Field(description='Number of all that wait (in the category that was asked for), shown or not')
+    categories:list[Waiting] = Field(description='All that wait, by the category of the answer, most first')
 
 
 class CategoryName(BaseModel):

@@ -2,7 +2,7 @@
 
 Rows are only ever added. Corrections of one prediction may disagree: the last word of each reviewer counts once, the
 category with the most votes is the verdict, and without a single winner there is none and the listing goes back into
-the queue.
+the queue. A listing that most call unusable has no category, and is no training data.
 """
 import logging
 import os
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from rakuten_mm.data.feedback import Correction  # with pandas, which the server does without
 
 log = logging.getLogger('rakuten_mm.store')
+NO_CATEGORY = -1 # The verdict that a listing is unusable; codes are not negative
 DRIFT_COLUMNS = ('created_at', 'model_version', 'lane', 'facts', 'probs', 'sketch')
 PASSING = ('starting up', 'shutting down', 'too many', 'remaining connection slots') # A database that refuses for now
 
@@ -120,11 +121,12 @@ class Prediction(Base):
 
 
 class Feedback(Base):
-    "A correction of an answer by a reviewer, or its confirmation."
+    "A correction of an answer by a reviewer, its confirmation, or the reason why there is no right one."
     __tablename__ = 'feedback'
     id:Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
     prediction_id:Mapped[str] = mapped_column(ForeignKey('predictions.id'), index=True)
-    prdtypecode:Mapped[int] = mapped_column(BigInteger)
+    prdtypecode:Mapped[int|None] = mapped_column(BigInteger)  # None if it is unusable
+    unusable:Mapped[str|None] = mapped_column(String(32))
     reviewer:Mapped[str] = mapped_column(String(64))
     created_at:Mapped[datetime] = mapped_column(default=now)
 
@@ -225,13 +227,13 @@ def unusable(engine:Engine, e:Exception)->UnusableDatabase:
 
 def votes(
     corrections:Iterable[Feedback], # Of one prediction, oldest first
-)->Counter: # Reviewers by category
+)->Counter: # Reviewers by category, or by `NO_CATEGORY`
     "Count the last word of each reviewer."
-    return Counter({c.reviewer: c.prdtypecode for c in corrections}.values())
+    return Counter({c.reviewer: NO_CATEGORY if c.unusable else c.prdtypecode for c in corrections}.values())
 
 
 def verdict(corrections:Iterable[Feedback])->int|None:
-    "The category with the most votes; None if there is no single one."
+    "The category with the most votes, or `NO_CATEGORY`; None if there is no single one."
     first = votes(corrections).most_common(2)
     return first[0][0] if first and (len(first) == 1 or first[0][1] > first[1][1]) else None
 
@@ -412,12 +414,16 @@ class Store:
         with self.session() as s: return count(s, wanted)
 
     def correct(self,
-        prediction_id:str, prdtypecode:int, reviewer:str
+        prediction_id:str,
+        prdtypecode:int|None, # None if it is unusable
+        reviewer:str,
+        unusable:str|None = None, # One of `rakuten_mm.api.UNUSABLE`
     )->tuple[Feedback, list[Feedback]]: # The new one, and all of this prediction
         "Record a correction; raises `KeyError` for an unknown prediction."
+        if (prdtypecode is None) != bool(unusable): raise ValueError('give a category, or a reason for none')
         if self.get(prediction_id) is None: raise KeyError(prediction_id)
         with self.session() as s:
-            new = Feedback(prediction_id=prediction_id, prdtypecode=prdtypecode, reviewer=reviewer)
+            new = Feedback(prediction_id=prediction_id, prdtypecode=prdtypecode, unusable=unusable, reviewer=reviewer)
             s.add(new); s.flush()
         return new, self.corrections([prediction_id])[prediction_id]
 
@@ -430,39 +436,57 @@ class Store:
         return out
 
     def verdicts(self)->list['Correction']: # Oldest answer first
-        "All answers on which reviewers agree, for the training data."
+        "All answers on whose category reviewers agree, for the training data."
         from rakuten_mm.data.feedback import Correction
-        self.flush()
-        said:dict[str, list[Feedback]] = {}
-        corrected = Prediction.id.in_(select(Feedback.prediction_id))
-        with self.session() as s:
-            for f in s.scalars(select(Feedback).order_by(Feedback.id)): said.setdefault(f.prediction_id, []).append(f)
-            rows = s.scalars(select(Prediction).where(corrected).order_by(Prediction.created_at, Prediction.id)).all()
+        rows,said = self.reviewed()
         def correction(r:Prediction, code:int):
             title,text = (r.designation, r.description or '') if r.has_inputs else (None, None)
             image = self.image_path(r.image_sha256) if r.has_inputs and r.image_sha256 else None
             last = said[r.id][-1].created_at
             hashes = r.text_sha256, r.image_sha256
             return Correction(*hashes, r.created_at, last, r.prdtypecode, code, title, text, image)
-        return [correction(r, code) for r in rows if (code := verdict(said[r.id])) is not None]
+        told = ((r, verdict(said[r.id])) for r in rows)
+        return [correction(r, code) for r,code in told if code not in (None, NO_CATEGORY)]
+
+    def unusable(self)->list[dict[str, Any]]: # prediction_id, created_at, reason, reviewer, designation
+        "Listings that most reviewers call unusable, oldest first, with the last reason that was given."
+        rows,said = self.reviewed()
+        found = [(r, [f for f in said[r.id] if f.unusable][-1]) for r in rows if verdict(said[r.id]) == NO_CATEGORY]
+        return [dict(prediction_id=r.id, created_at=r.created_at, reason=f.unusable, reviewer=f.reviewer,
+                     designation=r.designation) for r,f in found]
+
+    def reviewed(self)->tuple[list[Prediction], dict[str, list[Feedback]]]:
+        "Answers that were corrected, oldest first, and what was said about each."
+        self.flush()
+        said:dict[str, list[Feedback]] = {}
+        corrected = Prediction.id.in_(select(Feedback.prediction_id))
+        with self.session() as s:
+            for f in s.scalars(select(Feedback).order_by(Feedback.id)): said.setdefault(f.prediction_id, []).append(f)
+            rows = s.scalars(select(Prediction).where(corrected).order_by(Prediction.created_at, Prediction.id)).all()
+        return [*rows], said
 
     def queue(self,
         limit:int = 20,
         reviewer:str = '', # Not those that this one has judged already
-    )->tuple[list[Prediction], int]: # The most useful first, and how many there are
+        prdtypecode:int|None = None, # Only those that were put here
+    )->tuple[list[Prediction], dict[int, int]]: # The most useful first; how many wait, by the category of the answer
         "Listings in the review lane that nobody corrected, and those that reviewers disagree on."
         self.flush()
         said = Feedback.prediction_id == Prediction.id
         judged,mine = exists().where(said), exists().where(said, Feedback.reviewer == reviewer)
         has_inputs,useful = Prediction.has_inputs == 1, Prediction.usefulness.desc()
-        several = func.count(func.distinct(Feedback.prdtypecode)) > 1
+        several = func.count(func.distinct(func.coalesce(Feedback.prdtypecode, NO_CATEGORY))) > 1
         with self.session() as s:
             found = s.scalars(select(Feedback.prediction_id).join(Prediction, said).where(has_inputs)
                               .group_by(Feedback.prediction_id).having(several)).all()
             disputed = [i for i,c in self.corrections([*found]).items() if verdict(c) is None]
             wanted = ((Prediction.lane == 'review') & has_inputs & ~judged) | (Prediction.id.in_(disputed) & ~mine)
+            code = Prediction.prdtypecode
+            each = select(code, func.count()).where(wanted).group_by(code).order_by(func.count().desc(), code)
+            waiting:dict[int, int] = dict(s.execute(each).tuples().all())
+            if prdtypecode is not None: wanted &= code == prdtypecode
             rows = select(Prediction).where(wanted).order_by(useful, Prediction.created_at, Prediction.id).limit(limit)
-            return list(s.scalars(rows)), count(s, wanted)
+            return list(s.scalars(rows)), waiting
 
     def erase(self,
         before:datetime|None = None, # Answers given before this

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from rakuten_mm.cli.main import ELSEWHERE, SECTIONS, cli
 
 LISTING = ['data list', 'data diff', 'data quarantine', 'registry list', 'registry history', 'users list', 'runs',
-           'scheduler list']
+           'scheduler list', 'answers unusable']
 DECIDING = ['data verify', 'data repair', 'registry promote', 'registry rollback', 'answers erase', 'runs abandon',
             'scheduler health', 'fetch', 'fetch-images', 'ingest', 'train', 'tune', 'ensemble', 'distill', 'predict']
 
@@ -49,7 +49,7 @@ def test_programs_can_read_it(name):
 
 def test_one_document(tmp_path, data_dir, monkeypatch):
     "Nothing but JSON is on standard output, and the exit code is the one of the sentence."
-    monkeypatch.setenv('API_DATABASE', f'sqlite:///{tmp_path}/answers.db')
+    monkeypatch.setenv('API_DATABASE_URL', f'sqlite:///{tmp_path}/answers.db')
     monkeypatch.setenv('RAKUTEN_MM_ARTIFACTS', str(tmp_path))
     one = json.loads(run('data', 'list', data_dir, '--json').stdout)
     assert [v['rows'] for v in one] == [v['added'] for v in one] and one[-1]['current']

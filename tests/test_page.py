@@ -19,6 +19,9 @@ from sqlalchemy import MetaData, Table, create_engine, select, text
 CHROMIUM,DRIVER = shutil.which('chromium'), shutil.which('chromedriver')
 LANES = {'auto': ('Filed automatically', 'Classement automatique'), 'review': ('Needs a person', 'À vérifier'),
          'reject': ('Back to the seller', 'À renvoyer au vendeur')}
+ROOT = Path(__file__).parents[1]
+AXE = (ROOT/'tests'/'axe-core'/'axe.min.js').read_text(encoding='utf-8')
+SHOTS = os.environ.get('RAKUTEN_MM_SCREENSHOTS')
 MISSING = "needs Debian's packages chromium and chromium-driver"
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
 
@@ -84,6 +87,18 @@ class Page:
                 return new Response(body, {status, headers: {'Retry-After': '1'}});
             };''', path, answers)
 
+    def dark(self, on:bool):
+        scheme = [{'name': 'prefers-color-scheme', 'value': 'dark' if on else 'light'}]
+        self.driver.execute_cdp_cmd('Emulation.setEmulatedMedia', {'features': scheme})
+
+    def findings(self):
+        "Rules of axe-core that the page breaks now, and where."
+        if not self.js('!!window.axe'): self.driver.execute_script(AXE)
+        return self.driver.execute_async_script('''const done = arguments[0];
+            axe.run(document, {resultTypes: ['violations']}).then(
+                r => done(r.violations.flatMap(v => v.nodes.map(n => `${v.id} ${n.target}: ${n.failureSummary}`))),
+                e => done([String(e)]));''')
+
     def fits(self): return self.js('document.documentElement.scrollWidth <= document.documentElement.clientWidth')
 
     def shot(self, folder, name):
@@ -102,7 +117,8 @@ def requested(driver):
 def page(chromium, page_server, tmp_path, request):
     "The page as on a first visit. Afterwards: nothing in the console, nothing asked of another host."
     p = Page(chromium, page_server)
-    p.size(1280, 900); chromium.get(page_server.url); p.js('(localStorage.clear(), sessionStorage.clear())')
+    p.dark(False); p.size(1280, 900)
+    chromium.get(page_server.url); p.js('(localStorage.clear(), sessionStorage.clear())')
     requested(chromium), chromium.get_log('browser')
     chromium.get('about:blank'); chromium.get(page_server.url+'/'); p.see('#sign-in-form')
     yield p
@@ -237,7 +253,7 @@ def test_review_by_keyboard(page, api):
     seen,want = item(), names[-1]
     page.press('/'); assert page.focused() == 'search'
     page.press(want['fr'])
-    active = lambda: page.js("+document.querySelector('#matches [aria-selected=true]')?.dataset.code")
+    active = lambda: page.js("+document.querySelector('#search-matches [aria-selected=true]')?.dataset.code")
     for _ in names:
         if active() == want['prdtypecode']: break
         page.press(Keys.ARROW_DOWN)
@@ -316,3 +332,93 @@ def test_languages(page):
     en,fr = LANES[page.see('#lane').get_attribute('data-lane')]
     assert en in page.text('#lane') and page.driver.title.startswith('Classify')
     page.see('#lang-fr').click(); assert fr in page.text('#lane') and page.text('#nav-review') == 'Vérifier'
+
+
+@pytest.mark.parametrize(('width', 'dark'), [(1280, False), (390, True)], ids=['wide-light', 'phone-dark'])
+def test_accessible_in_every_state(page, api, width, dark):
+    "axe-core has nothing to say about the page in any state, and nothing is wider than the window."
+    to_review(api, 2); page.dark(dark); page.size(width, 844); page.see('#lang-en').click()
+    def look(state):
+        if SHOTS: page.shot(Path(SHOTS), f'{state}-{width}-{"dark" if dark else "light"}'); page.size(width, 844)
+        assert page.findings() == [] and page.fits(), state
+    look('sign_in'); page.sign_in('wrong'); page.text('#sign-in-error'); look('wrong_password')
+    page.enter(); look('classify'); page.see('#predict-button').click(); page.text('#predict-error'); look('error')
+    page.all('#examples button')[0].click(); page.text('#result-title'); look('answered')
+    page.type('#other', 'i'); page.see('#other-matches'); look('searching'); page.press(Keys.ESCAPE)
+    page.see('#why').click(); page.text('#why-title'); look('why')
+    page.see('#preview-zoom').click(); page.see('#zoom[open]'); look('zoom'); page.see('#zoom-close').click()
+    page.see('#nav-review').click(); page.see('#item-image'); look('review')
+    page.see('#unusable summary').click(); page.see('#unusable button'); look('unusable')
+    page.see('#item-why').click(); page.text('#item-why-title'); look('review_why')
+    page.stub('/feedback', 500); page.press('1'); page.text('#review-error'); look('not_saved')
+    for _ in range(300):
+        if page.wait(lambda: page.all('#empty') or page.all('#item')) and page.all('#empty'): break
+        page.see('#skip-item').click()
+    page.see('#again'); look('empty')
+
+
+def test_examples_and_any_category(page):
+    "One click fills the form, draws the photo and asks; every category can be found, ticked and confirmed."
+    page.enter(); page.all('#examples button')[1].click(); page.text('#result-title')
+    assert page.js("document.getElementById('designation').value") == 'Lot de 3 romans policiers'
+    assert page.js("document.getElementById('preview-image').naturalWidth") == 320 and 'photo' in page.text('#about')
+    shown = [e.get_attribute('value') for e in page.all('#ranked input')]
+    with page.server.http() as api:
+        far = next(c for c in api.get('/categories').json() if str(c['prdtypecode']) not in shown)
+    page.type('#other', str(far['prdtypecode'])); page.press(Keys.ENTER)
+    page.wait(lambda: page.all('#extra input:checked'))
+    assert far['fr'] in page.text('#extra .name') and page.focused() != 'other'
+    page.see('#confirm').click(); page.wait(lambda: far['fr'] in page.text('#confirm-status'))
+
+
+def test_answer_is_in_sight_on_a_phone(page):
+    page.size(390, 700); page.enter(); page.all('#examples button')[2].click(); page.text('#result-title')
+    top = page.wait(lambda: page.js("document.getElementById('result-title').getBoundingClientRect().top"))
+    assert 0 <= top < 350
+
+
+def test_unusable_zoom_and_pace(page, api):
+    "A listing without a category is told by keyboard, leaves the queue, and has a reason; the photo is enlarged."
+    to_review(api, 4); page.enter('review'); page.see('#item-image')
+    item = lambda: page.js("document.getElementById('item')?.dataset.prediction")
+    page.press('z'); page.see('#zoom[open]'); assert page.text('#zoom-close') == 'Fermer'
+    page.press(Keys.ESCAPE); page.wait(lambda: not page.all('#zoom[open]'))
+    seen = []
+    for n in range(3):
+        seen.append(item()); page.press('x')
+        page.wait(lambda: page.js('document.activeElement.dataset.reason') == 'unreadable')
+        page.press(Keys.TAB); page.press(Keys.ENTER)
+        page.wait(lambda n=n: page.text('#count-done') == str(n+1) and item() not in seen)
+    assert 'Inutilisable (Texte et photo se contredisent)' in page.text('#review-status')
+    assert re.match(r'· [\d\s]+ par heure', page.text('#pace')) and int(page.text('#count-all')) >= 4
+    engine = create_engine(page.server.database)
+    with engine.connect() as c:
+        last = text('select prediction_id, prdtypecode, unusable from feedback order by id desc limit 3')
+        rows = c.execute(last).all()
+    engine.dispose()
+    assert rows == [(i, None, 'contradictory') for i in reversed(seen)]
+    page.press(Keys.ARROW_LEFT); page.wait(lambda: item() == seen[-1])
+    assert 'Inutilisable' in page.text('#yours')
+
+
+def test_short_list_and_filter(page, api):
+    "What is guaranteed stands apart with a bar for each probability; one category can be looked at alone."
+    to_review(api, 2); page.enter('review'); page.see('#item')
+    first = api.get('/review?limit=1').json()
+    sure = first['items'][0]['candidates']
+    assert [int(e.get_attribute('data-code')) for e in page.all('#sure .choice')] == sure
+    assert len(page.all('#item .choice .meter')) == len(page.all('#item .choice .percent')) > 1
+    numbers = [e.text for e in page.all('#item .choice kbd')]
+    assert numbers == [str(i+1) if i < 9 else '·' for i in range(len(numbers))]
+    least = first['categories'][-1]
+    page.see(f"#filter option[value='{least['prdtypecode']}']").click()
+    page.wait(lambda: page.text('#count-all') == str(least['waiting']) and page.all('#item'))
+    assert page.js("document.getElementById('filter').value") == str(least['prdtypecode'])
+    page.see("#filter option[value='']").click()
+    page.wait(lambda: page.text('#count-all') == str(first['waiting']))
+
+
+def test_each_text_has_one_name():
+    "A second text under the same name would silently replace the first."
+    names = re.findall(r"^  (\w+): \[", (ROOT/'serving'/'static'/'i18n.js').read_text(encoding='utf-8'), re.M)
+    assert len(names) == len({*names}) > 100

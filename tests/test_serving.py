@@ -500,6 +500,20 @@ def test_feedback_and_review(remembering, bundle):
     assert say(10, reviewer='eve').json()['verdict'] == 10
     assert rejected(say(999_999))['fields'][0]['field'] == 'prdtypecode'
     assert rejected(http.post('/feedback', json=dict(prediction_id='0'*36, prdtypecode=10)), 404)
+    second = queue['items'][1]
+    why = http.get(f"/review/{second['prediction_id']}/explanation?prdtypecode=10").json()
+    assert why['prdtypecode'] == 10 and why['words'] and len(why['regions']) == 7
+    assert rejected(http.get(f"/review/{'0'*36}/explanation"), 404)
+    code = second['prdtypecode']
+    only = http.get(f'/review?limit=100&prdtypecode={code}').json()
+    assert {i['prdtypecode'] for i in only['items']} == {code} and only['waiting'] == len(only['items'])
+    assert {c['prdtypecode']: c['waiting'] for c in only['categories']}[code] == only['waiting']
+    none = http.post('/feedback', json=dict(prediction_id=second['prediction_id'], unusable='several')).json()
+    assert none['verdict'] is none['prdtypecode'] is None and none['is_unusable'] and none['unusable'] == 'several'
+    assert http.get(f'/review?limit=100&prdtypecode={code}').json()['waiting'] == only['waiting']-1
+    for wrong in (dict(unusable='boring'), dict(unusable='several', prdtypecode=10), {}):
+        assert rejected(http.post('/feedback', json=dict(prediction_id=second['prediction_id']) | wrong))
+    assert 'rakuten_unusable_total{reason="several"} 1.0' in http.get('/metrics').text
     names = http.get('/categories').json()
     assert len(names) == 27 and {'prdtypecode': 10, 'fr': 'Livres', 'en': 'Books'} in names
 

@@ -19,7 +19,17 @@ from sqlalchemy import create_engine, event, inspect, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from serving.store import DRIFT_COLUMNS, Base, Feedback, Store, UnreachableDatabase, UnusableDatabase, migrate, verdict
+from serving.store import (
+    DRIFT_COLUMNS,
+    NO_CATEGORY,
+    Base,
+    Feedback,
+    Store,
+    UnreachableDatabase,
+    UnusableDatabase,
+    migrate,
+    verdict,
+)
 from serving.testing import free_port
 
 INSTALLED = sorted(Path('/usr/lib/postgresql').glob('*/bin/initdb'))
@@ -82,7 +92,7 @@ def test_answers_are_written_and_found(store):
     rows = [answer(usefulness=u) for u in (.2, .9, .5)]+[answer('auto'), answer(has_inputs=0)]
     for r in rows: store.add(r)
     queue,waiting = store.queue()
-    assert [q.usefulness for q in queue] == [.9, .5, .2] and waiting == 3
+    assert [q.usefulness for q in queue] == [.9, .5, .2] and waiting == {10: 3}
     got = store.get(rows[0]['id'])
     assert got.created_at == rows[0]['created_at'] and got.top_k == rows[0]['top_k']
     assert got.candidates == [10, 2403] and got.designation == 'Livre'
@@ -100,6 +110,58 @@ def test_corrections_are_arbitrated(store):
     assert say(2403, 'bob') is None and say(2403, 'eve') == 2403 and not waits('zoe')
     assert [c.prdtypecode for c in store.corrections([row['id']])[row['id']]] == [10, 2403, 10, 2403, 2403]
     with pytest.raises(KeyError): store.correct(str(uuid.uuid4()), 10, 'anna')
+
+
+def test_unusable_listings_are_kept_and_no_labels(store):
+    "They leave the queue, are counted, and are no training data; reviewers may disagree about them too."
+    rows = [answer(), answer(), answer(prdtypecode=2403)]
+    for r in rows: store.add(r)
+    assert [r.id for r in store.queue(prdtypecode=2403)[0]] == [rows[2]['id']]
+    assert store.queue(prdtypecode=2403)[1] == {10: 2, 2403: 1}
+    assert verdict(store.correct(rows[0]['id'], None, 'anna', 'several')[1]) == NO_CATEGORY
+    store.correct(rows[1]['id'], 10, 'anna')
+    assert store.queue()[1] == {2403: 1}
+    assert [(u['prediction_id'], u['reason']) for u in store.unusable()] == [(rows[0]['id'], 'several')]
+    assert [c.prdtypecode for c in store.verdicts()] == [10]
+    assert verdict(store.correct(rows[0]['id'], 10, 'bob')[1]) is None and store.queue(reviewer='eve')[1][10] == 1
+    assert verdict(store.correct(rows[0]['id'], None, 'eve', 'no_category')[1]) == NO_CATEGORY  # whatever the reason
+    assert store.unusable()[0]['reason'] == 'no_category' and len(store.verdicts()) == 1
+    for both in ((10, 'anna', 'several'), (None, 'anna', None)):
+        with pytest.raises(ValueError, match='a category, or a reason'): store.correct(rows[0]['id'], *both)
+
+
+def test_a_database_without_reasons_is_brought_up_to_date(url):
+    "With its corrections, which can be added only, and still are."
+    with Store(url, Path()) as store:
+        row = answer(); store.add(row); store.correct(row['id'], 10, 'anna')
+    engine = create_engine(url)
+    with engine.begin() as c:
+        c.execute(text("UPDATE alembic_version SET version_num = '0003'"))
+        if engine.dialect.name == 'postgresql':
+            c.execute(text('ALTER TABLE feedback DROP COLUMN unusable'))
+            c.execute(text('ALTER TABLE feedback ALTER COLUMN prdtypecode SET NOT NULL'))
+        else:  # as 0001 made it
+            columns = 'id, prediction_id, prdtypecode, reviewer, created_at'
+            c.execute(text(f'CREATE TABLE old AS SELECT {columns} FROM feedback'))
+            c.execute(text('DROP TABLE feedback'))
+            c.execute(text('CREATE TABLE feedback (id INTEGER NOT NULL PRIMARY KEY, prediction_id VARCHAR(36) NOT NULL '
+                           'REFERENCES predictions(id), prdtypecode INTEGER NOT NULL, reviewer VARCHAR(64) NOT NULL, '
+                           'created_at DATETIME NOT NULL)'))
+            c.execute(text('CREATE INDEX ix_feedback_prediction_id ON feedback (prediction_id)'))
+            c.execute(text('INSERT INTO feedback SELECT * FROM old')); c.execute(text('DROP TABLE old'))
+            for what in ('UPDATE', 'DELETE'):
+                c.execute(text(f'CREATE TRIGGER feedback_no_{what} BEFORE {what} ON feedback '
+                               "BEGIN SELECT RAISE(ABORT, 'corrections are only added'); END"))
+    engine.dispose()
+    with Store(url, Path()) as store:
+        store.correct(row['id'], None, 'bob', 'unreadable')
+        assert [(f.id, f.prdtypecode, f.unusable) for f in store.corrections([row['id']])[row['id']]] == [
+            (1, 10, None), (2, None, 'unreadable')]
+        with pytest.raises(DBAPIError, match='only added'), store.engine.begin() as c:
+            c.execute(text('DELETE FROM feedback'))
+        found = inspect(store.engine)
+        assert {i['name'] for i in found.get_indexes('feedback')} == {'ix_feedback_prediction_id'}
+        assert found.get_foreign_keys('feedback')[0]['referred_table'] == 'predictions'
 
 
 def test_corrections_cannot_be_changed(store):
@@ -227,7 +289,7 @@ def test_f58_first_start_that_an_older_version_left_half_done(tmp_path, cut):
     half = sqlite3.connect(tmp_path/'feedback.db')
     for sql in sorted(made, key=lambda s: not s.startswith('CREATE TABLE'))[:cut]: half.execute(sql)
     half.commit(); half.close()
-    with Store(url, tmp_path) as store: store.add(answer()); assert store.queue()[1] == 1
+    with Store(url, tmp_path) as store: store.add(answer()); assert sum(store.queue()[1].values()) == 1
 
 
 def bad_database(folder:Path, how:str)->str:
@@ -277,7 +339,7 @@ def test_f78_database_deleted_while_running(tmp_path):
         with pytest.raises(OperationalError): store.queue()
         kept.rename(file)
         store.add(answer()); store.flush()
-        assert store.dropped == 1 and not store.problem and store.queue()[1] >= 1
+        assert store.dropped == 1 and not store.problem and sum(store.queue()[1].values()) >= 1
 
 
 def test_f72_one_bad_record_costs_itself_only(store):

@@ -321,8 +321,6 @@ def verify_command(data_dir, version):
     """Look for damage in rows, pictures and files.
 
     In VERSION, or in all versions if it is left out; exit code 1 if there is any."""
-    from rakuten_mm.data.dataset import Dataset
-    if version: Dataset.open(data_dir, version)
     from rakuten_mm.data.repair import find_damage
     return dict(data_dir=str(data_dir), damage=[asdict(d) for d in find_damage(data_dir, version)])
 

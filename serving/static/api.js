@@ -69,4 +69,7 @@ export async function loadModel() { model = await call('/version').catch(() => (
 
 export const modelNow = () => model;
 export const nameOf = (code, label = String(code)) => names.get(code)?.[lang] || label;
+/** Message about stored feedback, and what most reviewers say. */
+export const outcome = a => !a.conflict ? 'saved' : a.verdict == null && !a.is_unusable ? 'savedConflict' : 'savedSettled';
+export const mostSay = a => a.is_unusable ? t('unusable') : nameOf(a.verdict);
 export const allNames = () => [...names.values()];

@@ -62,6 +62,7 @@ async function signIn() {
 
 predict.setup(); review.setup(); predict.reset(); review.reset();
 onExpired(() => leave('expired'));
+$('zoom').addEventListener('click', () => $('zoom').close());
 $('sign-in-form').addEventListener('submit', e => { e.preventDefault(); signIn(); });
 $('sign-out').addEventListener('click', () => { last = null; predict.reset(); review.reset(); leave('signedOut', 'good'); });
 $('skip').addEventListener('click', e => { e.preventDefault(); $('main').focus(); });

@@ -22,6 +22,12 @@ export function bar(share) {
   return h('span', {class: 'meter', 'aria-hidden': 'true'}, fill);
 }
 
+/** Show a picture as large as the window. */
+export function zoom(url) {
+  $('zoom-image').src = url;
+  $('zoom').showModal();
+}
+
 const said = new Map(); // message box -> what makes its content, to say it again in the other language
 
 /** Put what `make()` returns into a message box; without `make` empty it. */

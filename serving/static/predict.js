@@ -1,12 +1,15 @@
 // The form for one listing, its answer, and why.
-import {call, loadModel, mayReview, modelNow, nameOf} from './api.js';
-import {$, bar, h, say, sayError} from './dom.js';
-import {number, onLanguage, percent, signed, t} from './i18n.js';
+import {call, loadModel, mayReview, modelNow, mostSay, nameOf, outcome} from './api.js';
+import {$, bar, h, say, sayError, zoom} from './dom.js';
+import {EXAMPLES, drawn} from './examples.js';
+import {number, onLanguage, percent, t} from './i18n.js';
+import {categorySearch} from './search.js';
+import {explanation} from './why.js';
 
 const LANES = {auto: ['✓', 'auto', 'autoWhy'], review: ['?', 'reviewLane', 'reviewLaneWhy'], reject: ['✕', 'reject', 'rejectWhy']};
-const KINDS = ['image/jpeg', 'image/png', 'image/webp', 'image/gif', 'image/bmp'], MOST = 10_000_000;
+const KINDS = ['image/jpeg', 'image/png', 'image/webp', 'image/gif', 'image/bmp'], MOST = 10_000_000, SHOWN = 5; // bytes of a photo, categories of an answer
 let photo = null;  // {file, url} in the form
-let answer = null; // {listing, response, chosen, why, overlay, stored} on show; `listing` is the form as it was sent, `stored` what became of a confirmation
+let answer = null; // {listing, response, chosen, extra, why, view, stored} on show; `extra` is a category that was searched for, `listing` is the form as it was sent, `stored` what became of a confirmation
 let busy = false, round = 0; // what belongs to an earlier round than the form was cleared in is dropped
 
 export function setup() {
@@ -24,6 +27,8 @@ export function setup() {
   });
   $('predict-form').addEventListener('submit', e => { e.preventDefault(); predict(); });
   $('predict-clear').addEventListener('click', () => { reset(); $('designation').focus(); });
+  $('preview-zoom').addEventListener('click', () => zoom(photo.url));
+  $('examples').append(...EXAMPLES.map(e => h('button', {type: 'button', class: 'plain', 'data-t': e.name, onclick: () => tryOut(e)})));
   onLanguage(render);
 }
 
@@ -32,6 +37,16 @@ export function reset() {
   round++; setPhoto(null); setAnswer(null); setBusy(false);
   say($('predict-error')); say($('predict-status'));
   render();
+}
+
+/** Fill the form with an example, and ask. */
+async function tryOut(example) {
+  if (busy) return;
+  reset();
+  const mine = round, file = await drawn(example);
+  if (mine !== round) return;
+  $('designation').value = example.designation; $('description').value = example.description; take(file);
+  predict();
 }
 
 /** Use `file` as the photo if it can be one. */
@@ -85,7 +100,7 @@ function predict() {
   }
   return working('reading', 'predict-status', $('predict-error'), async current => {
     const form = new FormData();
-    form.set('designation', listing.designation); form.set('description', listing.description); form.set('top_k', '5');
+    form.set('designation', listing.designation); form.set('description', listing.description); form.set('top_k', '100');
     if (listing.file) form.set('image', listing.file);
     const response = await call('/predict/upload', {form}).catch(e => {
       if (current() && e.code !== 'cancelled') { setAnswer(null); render(); } // an answer to another listing would mislead
@@ -93,9 +108,11 @@ function predict() {
     });
     if (response.model_version !== modelNow().model_version) await loadModel(); // another one has taken over
     if (!current()) return;
-    setAnswer({listing, response, chosen: response.prdtypecode, why: null, overlay: true});
+    setAnswer({listing, response, chosen: response.prdtypecode, extra: null, why: null, view: {id: '', url: listing.url, overlay: true}});
     render();
-    $('result-title').focus();
+    $('result-title').focus({preventScroll: true});
+    const {top} = $('result').getBoundingClientRect();
+    if (top < 0 || top > innerHeight/2) $('result').scrollIntoView(); // on a phone it is below the form
   });
 }
 
@@ -123,8 +140,8 @@ async function confirm() {
 function sayStored() {
   const {stored, response} = answer;
   if (!stored) return;
-  const message = !stored.conflict ? 'saved' : stored.verdict == null ? 'savedConflict' : 'savedSettled', label = response.top_k.find(c => c.prdtypecode === stored.code)?.label;
-  say($('confirm-status'), () => t(message, {name: nameOf(stored.code, label), most: nameOf(stored.verdict)}));
+  const message = outcome(stored), label = response.top_k.find(c => c.prdtypecode === stored.code)?.label;
+  say($('confirm-status'), () => t(message, {name: nameOf(stored.code, label), most: mostSay(stored)}));
 }
 
 const base64 = file => new Promise((resolve, fail) => {
@@ -138,25 +155,35 @@ function render() {
   for (const id of ['why-error', 'why-status', 'confirm-error', 'confirm-status']) say($(id));
   if (!answer) return $('result').replaceChildren(h('p', {class: 'muted placeholder'}, t('resultEmpty')));
   const {response: r, why} = answer, [mark, lane, laneWhy] = LANES[r.lane];
-  const row = (c, i) => h('li', {}, h('label', {class: 'row', 'data-code': c.prdtypecode},
+  const known = code => r.top_k.find(c => c.prdtypecode === code) ?? {prdtypecode: code};
+  const ranked = r.top_k.slice(0, SHOWN), extra = answer.extra == null || ranked.some(c => c.prdtypecode === answer.extra) ? [] : [known(answer.extra)];
+  const row = c => h('li', {}, h('label', {class: 'row', 'data-code': c.prdtypecode},
     h('input', {type: 'radio', name: 'chosen', value: c.prdtypecode, checked: c.prdtypecode === answer.chosen, onchange: () => { answer.chosen = c.prdtypecode; }}),
     h('span', {class: 'name'}, nameOf(c.prdtypecode, c.label), h('small', {class: 'muted'}, ` ${c.prdtypecode}`)),
-    h('span', {class: 'percent'}, percent(c.probability)), bar(c.probability)));
+    ...(c.probability == null ? [] : [h('span', {class: 'percent'}, percent(c.probability)), bar(c.probability)])));
   $('result').replaceChildren(
     h('h2', {id: 'result-title', tabindex: -1}, nameOf(r.prdtypecode, r.label)),
     h('div', {id: 'lane', class: `lane ${r.lane}`, 'data-lane': r.lane}, h('b', {}, h('span', {'aria-hidden': 'true'}, `${mark} `), t(lane)), h('p', {}, t(laneWhy)), ...doubts(r).map(d => h('p', {class: 'doubt'}, d))),
     ...(r.lane === 'review' && r.candidates ? [h('p', {class: 'label', id: 'candidates-label'}, t('candidates')),
       h('ul', {id: 'candidates', class: 'chips', 'aria-labelledby': 'candidates-label'},
         r.candidates.map(c => h('li', {}, nameOf(c, r.top_k.find(k => k.prdtypecode === c)?.label))))] : []),
-    h('fieldset', {}, h('legend', {class: 'label'}, t('ranked')), h('ol', {id: 'ranked'}, r.top_k.map(row))),
+    h('fieldset', {}, h('legend', {class: 'label'}, t('ranked')), h('ol', {id: 'ranked'}, ranked.map(row)), h('ul', {id: 'extra'}, extra.map(row))),
+    ...categorySearch('other', pick, () => $('result-title').focus()),
     h('div', {class: 'actions'}, h('button', {type: 'button', id: 'why', 'aria-disabled': busy, onclick: explain}, t('why')), h('span', {class: 'muted'}, t('whyHint')),
       h('span', {id: 'why-status', class: 'muted working', role: 'status'})),
     h('div', {id: 'why-error', class: 'message error', role: 'alert'}),
     ...(mayReview() ? [h('div', {class: 'actions'}, h('button', {type: 'button', id: 'confirm', 'aria-disabled': busy, onclick: confirm}, t('confirm')), h('span', {class: 'muted'}, t('whyHint')),
       h('span', {id: 'confirm-status', class: 'muted', role: 'status'})), h('div', {id: 'confirm-error', class: 'message error', role: 'alert'})] : []),
-    ...(why ? [explanation(why)] : []),
+    ...(why ? [explanation(why, answer.view)] : []),
     h('p', {class: 'muted small', id: 'about'}, `${t('read', {what: r.modalities.map(m => t(m)).join(' + ')})} `, h('span', {id: 'version'}, r.model_version)));
   sayStored();
+}
+
+/** Tick a category that was searched for. */
+function pick(code) {
+  answer.extra = answer.chosen = code;
+  render();
+  document.querySelector(`#result input[value="${code}"]`).focus();
 }
 
 /** Why an answer is left to a person, as far as it can be told. */
@@ -167,67 +194,4 @@ function doubts(r) {
   if (b && b.probability > .5*a.probability) told.push(t('close', {a: nameOf(a.prdtypecode, a.label), b: nameOf(b.prdtypecode, b.label)}));
   if (!r.modalities.includes('image')) told.push(t('noPhotoSeen'));
   return told;
-}
-
-function explanation(why) {
-  const name = nameOf(why.prdtypecode, why.label);
-  return h('section', {id: 'explanation', 'aria-labelledby': 'why-title'},
-    h('h3', {id: 'why-title', tabindex: -1}, t('whyTitle', {name, p: percent(why.probability)})),
-    h('h4', {}, t('share')),
-    h('ul', {id: 'shares', class: 'shares'}, Object.entries(why.modalities).map(([m, s]) => h('li', {}, h('span', {}, t(m)), bar(s), h('span', {class: 'percent'}, percent(s))))),
-    h('h4', {}, t('words')),
-    ...(why.words.length ? words(why) : [h('p', {class: 'muted'}, t('noWords'))]),
-    ...(why.regions ? [h('h4', {}, t('regions')), heat(why.regions)] : []));
-}
-
-/** Both texts with the words marked that count, and the most telling ones in a list. */
-function words(why) {
-  const most = Math.max(...why.words.map(w => Math.abs(w.weight)), .05);
-  const counts = w => Math.abs(w.weight) > most*.1;
-  const text = field => {
-    const chars = Array.from(why[field]), out = []; // offsets count characters, not UTF-16 units
-    let at = 0;
-    for (const w of why.words.filter(w => w.field === field)) {
-      out.push(chars.slice(at, w.start).join(''), word(chars.slice(w.start, w.end).join(''), w.weight, counts(w), most));
-      at = w.end;
-    }
-    return h('p', {class: `text ${field}`, lang: 'fr'}, ...out, chars.slice(at).join(''));
-  };
-  const top = sign => {
-    const unique = new Map(why.words.filter(w => counts(w) && Math.sign(w.weight) === sign).map(w => [short(w.word).toLowerCase(), w]));
-    const list = [...unique.values()].sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight)).slice(0, 5);
-    return list.map(w => `${short(w.word)} (${signed(w.weight)})`).join(', ') || t('none');
-  };
-  return [h('div', {id: 'words'}, why.title ? text('title') : null, why.description ? text('description') : null),
-    h('p', {class: 'small'}, h('span', {class: 'word for key'}, t('for')), ' ', top(1)), h('p', {class: 'small'}, h('span', {class: 'word against key'}, t('against')), ' ', top(-1))];
-}
-
-/** A word without the punctuation around it, a long stretch without its end. */
-function short(text) {
-  const word = text.replace(/^[\p{P}\s]+|[\p{P}\s]+$/gu, '') || text;
-  return word.length > 40 ? `${word.slice(0, 40)}…` : word;
-}
-
-function word(text, weight, counts, most) {
-  if (!counts) return h('span', {title: signed(weight)}, text);
-  const side = weight > 0 ? 'for' : 'against';
-  const node = h('mark', {class: `word ${side}`, title: `${signed(weight)} (${t(weight > 0 ? 'speaksFor' : 'speaksAgainst')})`}, text);
-  node.style.setProperty('--strength', Math.abs(weight)/most);
-  return node;
-}
-
-/** The photo in a white square, as the model sees it, under a grid of coloured cells. */
-function heat(regions) {
-  const cells = regions.flat(), size = regions.length, most = Math.max(...cells.map(Math.abs), .05);
-  const at = cells.indexOf(Math.max(...cells));
-  const grid = h('div', {class: 'cells', hidden: !answer.overlay}, cells.map(v => {
-    const cell = h('span', {class: `cell ${v < 0 ? 'against' : 'for'}`, title: signed(v)});
-    cell.style.setProperty('--strength', Math.abs(v)/most);
-    return cell;
-  }));
-  grid.style.setProperty('--size', size);
-  const toggle = h('input', {type: 'checkbox', id: 'overlay', checked: answer.overlay, onchange: e => { answer.overlay = e.target.checked; grid.hidden = !answer.overlay; }});
-  return h('div', {}, h('div', {id: 'heat', class: 'heat', role: 'img', 'aria-label': t('regionsAlt', {r: Math.floor(at/size)+1, c: at%size+1})},
-    answer.listing.url ? h('img', {src: answer.listing.url, alt: ''}) : null, grid), 
-    h('p', {class: 'legend'}, h('label', {class: 'check'}, toggle, t('overlay')), h('span', {}, h('i', {class: 'cell for'}), t('speaksFor')), h('span', {}, h('i', {class: 'cell against'}), t('speaksAgainst'))));
 }

@@ -1,21 +1,26 @@
 // The queue: one listing at a time, by keyboard if you like.
-import {allNames, call, nameOf} from './api.js';
-import {$, h, say, sayError} from './dom.js';
-import {onLanguage, percent, t, when} from './i18n.js';
+import {call, mostSay, nameOf, outcome} from './api.js';
+import {$, bar, h, say, sayError, zoom} from './dom.js';
+import {number, onLanguage, percent, t, when} from './i18n.js';
+import {categorySearch} from './search.js';
+import {explanation} from './why.js';
 
 const PAGE = 20, LIMIT = 100; // listings asked for at once: at first, and when many were skipped
-let items, at;        // listings seen so far, each with `chosen` or `skipped` once dealt with, and the one on show
+const UNUSABLE = ['unreadable', 'contradictory', 'several', 'no_category', 'not_a_product'];
+let items, at;        // listings seen so far, each with `said` (a category or a reason for none) or `skipped` once dealt with, and the one on show
+let times, wanted, categories = []; // when listings were dealt with; the category that is looked at, of those that wait
 let waiting, busy, picture, round = 0; // `picture` is the listing whose picture is on show
 const pictures = new Map(); // prediction_id -> promise of its picture's address in this page
 let keys = localStorage.getItem('keys') !== 'off';
 
 export function setup() {
   addEventListener('keydown', onKey);
+  $('filter').addEventListener('change', e => { wanted = e.target.value; items = []; at = 0; waiting = null; say($('review-status')); load(); });
   onLanguage(() => { if (!$('review').hidden) render(false); });
 }
 
 export function reset() {
-  round++; items = []; at = 0; waiting = null; busy = false;
+  round++; items = []; at = 0; waiting = null; busy = false; times = []; wanted = ''; categories = [];
   say($('review-status')); say($('review-error'));
   showPicture(null);
   $('queue').replaceChildren();
@@ -25,7 +30,7 @@ export function reset() {
 export const show = () => items[at] ? render() : load();
 
 const ids = () => new Set(items.map(i => i.prediction_id));
-const skipped = () => items.filter(i => i.skipped && i.chosen == null);
+const skipped = () => items.filter(i => i.skipped && !i.said);
 
 /** Fetch what was not seen yet. */
 async function load() {
@@ -34,11 +39,11 @@ async function load() {
   busy = true; say($('review-error'));
   $('queue').replaceChildren(h('p', {class: 'muted card', role: 'status'}, t('loading')));
   try {
-    const limit = Math.min(PAGE + skipped().length, LIMIT), answer = await call(`/review?limit=${limit}`);
+    const limit = Math.min(PAGE + skipped().length, LIMIT), answer = await call(`/review?limit=${limit}${wanted && `&prdtypecode=${wanted}`}`);
     if (mine !== round) return;
     const seen = ids();
     items.push(...answer.items.filter(i => !seen.has(i.prediction_id)));
-    waiting = answer.waiting; busy = false;
+    waiting = answer.waiting; categories = answer.categories; busy = false;
     render();
   } catch (e) {
     if (mine !== round) return;
@@ -56,24 +61,26 @@ function readable(text) {
   return body.textContent.replace(/\s*\n\s*/g, '\n').trim() || text;
 }
 
-/** Numbered choices: the candidates, then the other likely ones. */
+/** Numbered choices: the short list that is guaranteed, then the other likely ones. */
 function choices(item) {
-  const codes = [...new Set([...(item.candidates ?? []), ...item.top_k.map(c => c.prdtypecode)])].slice(0, 9);
-  return codes.map(code => ({code, ...item.top_k.find(c => c.prdtypecode === code)}));
+  const sure = item.candidates ?? [], codes = [...new Set([...sure, ...item.top_k.map(c => c.prdtypecode)])].slice(0, Math.max(9, sure.length));
+  return codes.map(code => ({code, sure: sure.includes(code), ...item.top_k.find(c => c.prdtypecode === code)}));
 }
 
-async function save(code, label) {
+const inWords = ({prdtypecode, unusable}, label) => unusable ? `${t('unusable')} (${t(unusable)})` : nameOf(prdtypecode, label);
+
+/** Store what somebody `said` of the listing on show, {prdtypecode} or {unusable}, and go on. */
+async function save(said, label) {
   const item = items[at], mine = round;
   if (busy || !item) return;
   busy = true; $('queue').setAttribute('aria-busy', true);
   say($('review-error')); say($('review-status'), () => t('saving'));
   try {
-    const answer = await call('/feedback', {json: {prediction_id: item.prediction_id, prdtypecode: code}});
+    const answer = await call('/feedback', {json: {prediction_id: item.prediction_id, ...said}});
     if (mine !== round) return;
-    if (item.chosen == null) waiting = Math.max(0, waiting-1);
-    item.chosen = code; item.skipped = false;
-    const message = !answer.conflict ? 'saved' : answer.verdict == null ? 'savedConflict' : 'savedSettled';
-    say($('review-status'), () => t(message, {name: nameOf(code, label), most: nameOf(answer.verdict)}));
+    if (!item.said) { waiting = Math.max(0, waiting-1); times.push(Date.now()); }
+    item.said = said; item.skipped = false;
+    say($('review-status'), () => t(outcome(answer), {name: inWords(said, label), most: mostSay(answer)}));
     move(1);
   } catch (e) { // the listing stays where it is
     if (mine !== round) return;
@@ -112,13 +119,25 @@ function again() {
 }
 
 function render(focus = true) {
-  const done = items.filter(i => i.chosen != null).length, item = items[at];
-  $('count-done').textContent = done; $('count-waiting').textContent = waiting ?? '…';
+  const item = items[at];
+  progress();
   $('queue').replaceChildren(item ? panel(item) : waiting == null ? '' : emptiness());
   showPicture(item);
   if (!focus) return;
   $('item-title')?.focus({preventScroll: true});
   if ($('queue').getBoundingClientRect().top < 0) $('review').scrollIntoView(); // the photo is above the title
+}
+
+/** How many are done, of how many, and how fast; and what may be looked at alone. */
+function progress() {
+  const done = times.length, all = done+(waiting ?? 0), hours = (times.at(-1)-times[0])/3.6e6;
+  $('count-done').textContent = number(done); $('count-all').textContent = waiting == null ? '…' : number(all);
+  $('progress').max = Math.max(all, 1); $('progress').value = done;
+  $('pace').textContent = done > 2 && hours > 0 ? t('pace', {n: number(Math.round((done-1)/hours))}) : '';
+  const n = categories.reduce((sum, c) => sum+c.waiting, 0), option = (code, text) => h('option', {value: code}, text);
+  $('filter').replaceChildren(option('', t('all', {n: number(n)})), ...categories.map(c => option(c.prdtypecode, `${nameOf(c.prdtypecode)} (${number(c.waiting)})`)));
+  if (wanted && !categories.some(c => String(c.prdtypecode) === wanted)) $('filter').append(option(wanted, `${nameOf(+wanted)} (0)`));
+  $('filter').value = wanted;
 }
 
 function emptiness() {
@@ -130,25 +149,29 @@ function emptiness() {
 }
 
 function panel(item) {
-  const list = choices(item), button = (c, i) => h('li', {}, h('button', {type: 'button', class: 'choice', 'data-code': c.code, onclick: () => save(c.code, c.label)},
-    h('kbd', {}, i+1), h('span', {class: 'name'}, nameOf(c.code, c.label)), c.probability == null ? null : h('span', {class: 'percent'}, percent(c.probability))));
+  const list = choices(item), button = (c, i) => h('li', {}, h('button', {type: 'button', class: 'choice', 'data-code': c.code, onclick: () => save({prdtypecode: c.code}, c.label)},
+    h('kbd', {}, i < 9 ? i+1 : '·'), h('span', {class: 'name'}, nameOf(c.code, c.label)), ...(c.probability == null ? [] : [h('span', {class: 'percent'}, percent(c.probability)), bar(c.probability)])));
+  const sure = list.filter(c => c.sure), others = list.filter(c => !c.sure), why = item.why;
   return h('article', {id: 'item', class: 'columns', 'data-prediction': item.prediction_id, 'aria-labelledby': 'item-title'},
     h('div', {class: 'card'},
-      item.has_image ? h('div', {class: 'picture', id: 'picture'}) : h('p', {class: 'muted'}, t('noPhoto')),
+      item.has_image ? h('button', {type: 'button', class: 'picture', id: 'picture', 'aria-label': t('zoom'), onclick: enlarge}) : h('p', {class: 'muted'}, t('noPhoto')),
       h('h2', {id: 'item-title', tabindex: -1, lang: item.designation ? 'fr' : null}, readable(item.designation) || t('noTitle')),
       item.description ? h('p', {id: 'item-description', class: 'text scroll', lang: 'fr', tabindex: 0, role: 'group', 'aria-label': t('description')}, readable(item.description)) : null,
-      h('p', {class: 'muted small'}, `${when(item.created_at)} · ${t('version')} ${item.model_version}`)),
+      h('p', {class: 'muted small'}, `${when(item.created_at)} · ${t('version')} ${item.model_version}`),
+      h('div', {class: 'actions'}, h('button', {type: 'button', id: 'item-why', onclick: explain}, t('whyModel')), h('span', {id: 'item-why-status', class: 'muted working', role: 'status'})),
+      h('div', {id: 'item-why-error', class: 'message error', role: 'alert'}),
+      ...(why ? [explanation(why, item.view)] : [])),
     h('div', {class: 'card'},
-      item.chosen == null ? null : h('p', {id: 'yours', class: 'message good'}, t('yours', {name: nameOf(item.chosen)})),
+      item.said ? h('p', {id: 'yours', class: 'message good'}, t('yours', {name: inWords(item.said)})) : null,
       item.corrections.length ? h('div', {id: 'others', class: 'message warn'}, h('b', {}, t('others')),
-        h('ul', {}, item.corrections.map(c => h('li', {}, t('otherSaid', {who: c.reviewer, name: nameOf(c.prdtypecode)}))))) : null,
+        h('ul', {}, item.corrections.map(c => h('li', {}, t('otherSaid', {who: c.reviewer, name: inWords(c)}))))) : null,
       h('p', {class: 'label', id: 'choices-label'}, t('choose')),
-      h('ol', {id: 'choices', 'aria-labelledby': 'choices-label'}, list.map(button)),
-      h('label', {for: 'search'}, t('search')),
-      h('div', {class: 'combo'},
-        h('input', {id: 'search', type: 'text', role: 'combobox', autocomplete: 'off', spellcheck: 'false', placeholder: t('searchHint'), 'aria-autocomplete': 'list',
-                    'aria-expanded': 'false', 'aria-controls': 'matches', oninput: filter, onkeydown: onSearchKey, onblur: closeSearch}),
-        h('ul', {id: 'matches', role: 'listbox', 'aria-label': t('search'), hidden: true})),
+      sure.length ? h('div', {id: 'sure'}, h('p', {class: 'small', id: 'sure-label'}, t('guaranteed')), h('ol', {'aria-labelledby': 'sure-label'}, sure.map(button))) : null,
+      sure.length && others.length ? h('p', {class: 'small muted', id: 'others-label'}, t('lessLikely')) : null,
+      others.length ? h('ol', {id: 'choices', 'aria-labelledby': sure.length ? 'others-label' : 'choices-label', start: sure.length+1}, others.map((c, i) => button(c, i+sure.length))) : null,
+      ...categorySearch('search', code => save({prdtypecode: code}), () => $('item-title').focus()),
+      h('details', {id: 'unusable'}, h('summary', {}, t('unusableWhy')),
+        h('ul', {}, UNUSABLE.map(reason => h('li', {}, h('button', {type: 'button', class: 'choice', 'data-reason': reason, onclick: () => save({unusable: reason})}, t(reason)))))),
       h('div', {class: 'actions'}, h('button', {type: 'button', id: 'back', onclick: back, disabled: at === 0}, t('back')),
         h('button', {type: 'button', id: 'skip-item', onclick: skip}, t('skipItem'))),
       help()));
@@ -158,7 +181,28 @@ function help() {
   const toggle = h('input', {type: 'checkbox', id: 'keys', checked: keys, onchange: e => { keys = e.target.checked; localStorage.setItem('keys', keys ? 'on' : 'off'); }});
   const line = (k, what) => h('li', {}, h('kbd', {}, k), ` ${t(what)}`);
   return h('div', {class: 'help'}, h('label', {class: 'check'}, toggle, t('shortcuts')),
-    h('ul', {class: 'keys'}, line('1–9', 'keyChoose'), line('⏎', 'keyFirst'), line('/', 'keySearch'), line('S →', 'keySkip'), line('U ←', 'keyBack')));
+    h('ul', {class: 'keys'}, line('1–9', 'keyChoose'), line('⏎', 'keyFirst'), line('/', 'keySearch'), line('X', 'keyUnusable'), line('W', 'keyWhy'), line('Z', 'keyZoom'), line('S →', 'keySkip'), line('U ←', 'keyBack')));
+}
+
+/** Ask what the model's answer to the listing on show rests on. */
+async function explain() {
+  const item = items[at], mine = round;
+  if (busy || !item || item.why || item.asked) return;
+  item.asked = true; say($('item-why-error')); say($('item-why-status'), () => t('whyBusy'));
+  try {
+    const why = await call(`/review/${encodeURIComponent(item.prediction_id)}/explanation?prdtypecode=${item.prdtypecode}`);
+    const url = item.has_image ? await fetchPicture(item).catch(() => null) : null;
+    if (mine !== round) return;
+    Object.assign(item, {why, view: {id: 'item-', url, overlay: true}});
+    if (item === items[at]) { render(false); $('item-why-title').focus(); }
+  } catch (e) {
+    if (mine === round && item === items[at]) { say($('item-why-status')); sayError($('item-why-error'), e); }
+  } finally { item.asked = false; }
+}
+
+function enlarge() {
+  const src = $('item-image')?.src;
+  if (src) zoom(src);
 }
 
 /** The address of a picture (it needs the token, so it is fetched here); one that fails is asked for again when it is to be shown. */
@@ -178,53 +222,18 @@ async function showPicture(item) {
   }
 }
 
-// The search box: a combobox over all categories, in both languages and by code.
-const plain = s => s.normalize('NFD').replace(/\p{M}/gu, '').toLowerCase();
-
-function filter() {
-  const wanted = plain($('search').value.trim()), box = $('matches');
-  if (!wanted) return closeSearch();
-  const rank = c => [c.fr, c.en, String(c.prdtypecode)].map(s => plain(s).indexOf(wanted)).reduce((best, i) => i < 0 ? best : Math.min(best, i), Infinity);
-  const found = allNames().map(c => [rank(c), c]).filter(([r]) => r < Infinity)
-    .sort(([r, a], [s, b]) => Math.sign(r)-Math.sign(s) || nameOf(a.prdtypecode).localeCompare(nameOf(b.prdtypecode))).map(([, c]) => c);
-  box.replaceChildren(...found.map((c, i) => h('li', {role: 'option', id: `match-${i}`, 'data-code': c.prdtypecode,
-    onmousedown: e => { e.preventDefault(); save(c.prdtypecode); }}, nameOf(c.prdtypecode), h('small', {class: 'muted'}, ` ${c.prdtypecode}`))));
-  if (!found.length) box.append(h('li', {class: 'muted', role: 'option', 'aria-disabled': 'true'}, t('noMatch')));
-  box.hidden = false; $('search').setAttribute('aria-expanded', 'true');
-  mark(0);
-}
-
-function closeSearch() {
-  $('matches').hidden = true;
-  $('search').setAttribute('aria-expanded', 'false'); $('search').removeAttribute('aria-activedescendant');
-}
-
-/** Make option `i` the active one. */
-function mark(i) {
-  const options = [...$('matches').querySelectorAll('[data-code]')];
-  options.forEach((o, n) => o.setAttribute('aria-selected', n === i));
-  options[i]?.scrollIntoView({block: 'nearest'});
-  options[i] ? $('search').setAttribute('aria-activedescendant', options[i].id) : $('search').removeAttribute('aria-activedescendant');
-}
-
-function onSearchKey(e) {
-  if (e.key === 'Escape') { $('search').value = ''; closeSearch(); $('item-title').focus(); return; }
-  if ($('matches').hidden || e.isComposing) return;
-  const options = [...$('matches').querySelectorAll('[data-code]')], i = options.findIndex(o => o.getAttribute('aria-selected') === 'true');
-  const by = {ArrowDown: 1, ArrowUp: -1}[e.key];
-  if (by && options.length) { e.preventDefault(); mark((i+by+options.length) % options.length); }
-  else if (e.key === 'Enter' && options[i] && !e.repeat) { e.preventDefault(); save(+options[i].dataset.code); }
-}
-
 /** Shortcuts of the page; what is typed into a field or pressed on a control is left alone. */
 function onKey(e) {
-  const on = e.target.closest?.('input, textarea, select, button, a');
-  if (!keys || $('review').hidden || e.defaultPrevented || e.repeat || e.ctrlKey || e.metaKey || e.altKey || !items[at] || e.target.closest?.('input:not([type=checkbox]), textarea')) return;
+  const on = e.target.closest?.('input, textarea, select, button, summary, a');
+  if (!keys || $('review').hidden || e.defaultPrevented || e.repeat || e.ctrlKey || e.metaKey || e.altKey || !items[at] || $('zoom').open || e.target.closest?.('input:not([type=checkbox]), textarea, select')) return;
   const key = e.key.toLowerCase(), list = choices(items[at]);
   const digit = e.code.startsWith('Digit') ? +e.code.slice(5) : +e.key; // by place on the top row: French keyboards have digits under Shift
   if (key === '/') { e.preventDefault(); $('search').focus(); }
-  else if (key === 'enter' && !on) { e.preventDefault(); if (list[0]) save(list[0].code, list[0].label); }
+  else if (key === 'enter' && !on) { e.preventDefault(); if (list[0]) save({prdtypecode: list[0].code}, list[0].label); }
   else if (key === 's' || key === 'arrowright') { e.preventDefault(); skip(); }
+  else if (key === 'x') { e.preventDefault(); $('unusable').open = true; $('unusable').querySelector('button').focus(); }
+  else if (key === 'w') { e.preventDefault(); explain(); }
+  else if (key === 'z') { e.preventDefault(); enlarge(); }
   else if (key === 'u' || key === 'arrowleft') { e.preventDefault(); back(); }
-  else if (list[digit-1]) { e.preventDefault(); save(list[digit-1].code, list[digit-1].label); }
+  else if (list[digit-1]) { e.preventDefault(); save({prdtypecode: list[digit-1].code}, list[digit-1].label); }
 }
