@@ -32,7 +32,11 @@ ABOVE = {
     'serving': 'api core stats data.image data.taxonomy data.feedback models registry monitoring.observations',
     'zenml_pipelines': ALLOWED['cli']+' serving.store',
 }
-BESIDE = {'serving.testing': ABOVE['serving']+' data'}  # for tests and quickstart; the server does not import it
+BESIDE = { # Nothing else of their part imports them
+    'serving.testing': ABOVE['serving']+' data', # For tests and quickstart
+    'serving.cli': ABOVE['serving']+' cli.output',
+    'zenml_pipelines.cli': ABOVE['zenml_pipelines']+' cli.output',
+}
 
 
 def modules()->list[Path]:
