@@ -129,6 +129,7 @@ class DriftReport:
     left:list[TestResult] = field(default_factory=list) # What the causes do not explain
     explained:float|None = None # Share of the content's differences that the label mix and missing parts explain
     mix:dict[int, dict[str, float]] = field(default_factory=dict) # By code: `before`, `em` and `bbse`
+    names:dict[int, str] = field(default_factory=dict) # Display name by code, where they are known
 
     @property
     def alarm(self)->bool: return bool(self.causes)
@@ -149,8 +150,9 @@ def summary(self:DriftReport)->str:
         share = f'{max(self.explained, 0):.0%}'
         out.append(f"- label mix and missing parts explain {share} of the content's differences")
     if CAUSES[0] in self.causes:
+        named = lambda c: f'{self.names[c]} ({c})' if c in self.names else str(c)
         most = sorted(self.mix.items(), key=lambda m: -abs(m[1]['em']-m[1]['before']))[:3]
-        out.append('- most changed: '+', '.join(f"{c} from {m['before']:.1%} to {m['em']:.1%}" for c,m in most))
+        out.append('- most changed: '+', '.join(f"{named(c)} from {m['before']:.1%} to {m['em']:.1%}" for c,m in most))
     return '\n'.join(out)
 
 # %% ../../nbs/lib/monitoring/02_drift.ipynb #418f6c40
@@ -176,6 +178,7 @@ def detect(
     win:RequestLog, # What was served
     limits:Thresholds = Thresholds(),
     least:int = 300, # Served listings below which nothing is said
+    names:dict[int, str]|None = None, # Display name by code, for the report
 )->DriftReport:
     "Tell if served listings drifted, why, and what to do about it."
     if len(win) < least: return DriftReport(len(ref), len(win), [], 'wait')
@@ -188,7 +191,7 @@ def detect(
     if CAUSES[1] in causes: em = np.bincount(ref.labels, to_estimate(ref, win, True), minlength=len(em))/len(ref)
     mix = {c: dict(before=float(ref.mix[i]), em=float(em[i]), bbse=float(bbse[i])) for i,c in enumerate(ref.codes)}
     advice = {0: 'nothing', 1: 'priors', 2: 'parts', 4: 'retrain'}[max([0, *(2**CAUSES.index(c) for c in causes)])]
-    return DriftReport(len(ref), len(win), causes, advice, found, left, share, mix)
+    return DriftReport(len(ref), len(win), causes, advice, found, left, share, mix, names or {})
 
 # %% ../../nbs/lib/monitoring/02_drift.ipynb #ac653616
 def shift_figure(report:DriftReport):
