@@ -14,7 +14,7 @@ from zenml.config.global_config import GlobalConfiguration  # noqa: E402
 from zenml.enums import StackComponentType as Kind  # noqa: E402
 from zenml.utils.source_utils import set_custom_source_root  # noqa: E402
 
-from rakuten_mm.core.tracking import EXPERIMENT, mlflow_client, tracking_uri  # noqa: E402
+from rakuten_mm.core.tracking import EXPERIMENT, EXPERIMENTS, experiment_id, mlflow_client, tracking_uri  # noqa: E402
 
 STACK,TRACKER = 'rakuten_local','rakuten_mlflow'
 
@@ -29,7 +29,8 @@ def main():
     "Create or update the tracker and the stack."
     GlobalConfiguration().analytics_opt_in = False
     set_custom_source_root(str(Path.cwd()))
-    mlflow_client()  # creates the experiment with its artifact location, before ZenML would without
+    # creates the experiments with their artifact location, before ZenML would without
+    for name in EXPERIMENTS: experiment_id(mlflow_client(), name)
     if Client.find_repository() is None: Client.initialize()
     client = Client()
     if client.list_stack_components(type=Kind.EXPERIMENT_TRACKER, name=TRACKER):

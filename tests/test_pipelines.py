@@ -1,6 +1,7 @@
 "The pipelines as users run them: a registered stack, YAML; one by the `zenml` command, the others in this process."
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from rakuten_mm.core.tracking import EXPERIMENT, mlflow_client, tracked_run
+from rakuten_mm.core.tracking import EXPERIMENT, INGESTION, mlflow_client, tracked_run
 from rakuten_mm.data.dataset import Dataset
 from rakuten_mm.registry.versions import alias_version, register_bundle
 from serving.testing import PASSWORD, USER, running_server
@@ -47,19 +48,32 @@ def run(pipeline:str, tmp_path, **parameters):
     getattr(zenml_pipelines, pipeline).with_options(config_path=config(tmp_path, parameters))()
 
 
-def last_run():
+def last_run(experiment:str = EXPERIMENT):
     "The newest top-level MLflow run."
     client = mlflow_client()
-    found = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id],
+    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id],
                                order_by=['attributes.start_time DESC'])
     return next(r for r in found if 'mlflow.parentRunId' not in r.data.tags)
+
+
+def reports(pipeline:str)->dict[str, dict]:
+    "Pages that the steps of its last run keep as artifacts, by step and name; each is a whole page, with its metadata."
+    from zenml.client import Client
+    steps = Client().list_pipeline_runs(pipeline=pipeline, sort_by='desc:created', hydrate=True).items[0].steps
+    found = {s: {name: a[0] for name,a in step.outputs.items() if 'HTMLString' in a[0].data_type.attribute}
+             for s,step in steps.items()}
+    for s,named in found.items():
+        for a in named.values():
+            assert a.load().startswith('<!DOCTYPE html>') and 'border-left:6px solid' in a.load()
+            assert steps[s].run_metadata['page'].endswith('.html')
+    return found
 
 
 def test_ingestion_then_training(stack, raw, tmp_path):
     source = dict(remote=raw, raw_dir=tmp_path/'fetched') if shutil.which('rclone') else dict(raw_dir=raw)
     run('ingestion', tmp_path, data_dir=tmp_path/'data', **source)
     version = Dataset.open(tmp_path/'data').manifest['version']
-    assert last_run().data.tags['data_version'] == version
+    assert last_run(INGESTION).data.tags['data_version'] == version
     before = alias_version('champion')
     home = Path(os.environ['RAKUTEN_MM_ARTIFACTS'])
     run('training', tmp_path, data_dir=tmp_path/'data', artifacts_dir=home, preset='smoke', seed=1)
@@ -69,6 +83,8 @@ def test_ingestion_then_training(stack, raw, tmp_path):
     assert len(client.get_metric_history(train.info.run_id, 'val/f1_weighted')) > 1
     assert {a.path for a in client.list_artifacts(train.info.run_id)} == {'bundle', 'evaluation', 'notebooks',
                                                                           'promotion', 'training'}
+    assert {s: r.keys() for s,r in reports('training').items()} == dict(
+        train={'training_report'}, evaluate={'model_card'}, promote={'decision'})
     decision = json.loads(next((home/'runs').glob('training-*/promote/decision.json')).read_text())
     assert decision['champion'] == before and alias_version('challenger') == decision['challenger']
     assert (alias_version('champion') == decision['challenger']) == decision['promoted']
@@ -84,8 +100,12 @@ def test_f44_failing_notebook(stack, tmp_path):
     "Exit code 1, step FAILED, MLflow run FAILED, the notebook kept with it."
     from zenml.client import Client
     res = zenml('ingestion', tmp_path, raw_dir=tmp_path/'nothing', data_dir=tmp_path/'data')
-    assert res.returncode == 1 and 'no such folder' in res.stdout+res.stderr
-    failed = last_run()
+    *_,last = res.stderr.strip().splitlines()
+    why,page = re.fullmatch(r'NotebookError: (.+) \(its page: (.+)\)', last).groups()
+    assert res.returncode == 1 and 'no such folder' in why
+    assert 'Did not finish' in Path(page).read_text()
+    assert 'You can visualize your pipeline runs' not in res.stdout+res.stderr, 'there is no dashboard here'
+    failed = last_run(INGESTION)
     assert failed.info.status == 'FAILED'
     zen = Client().list_pipeline_runs(name=failed.info.run_name, hydrate=True).items[0]
     assert zen.status == 'failed'

@@ -1,15 +1,20 @@
 "Run notebooks, executed as the pipelines execute them."
 import json
+import re
 
 import nbformat
 import pytest
 from conftest import ROOT
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from rakuten_mm.core.tracking import mlflow_client, tracked_run
+from rakuten_mm.core.tracking import experiment_id, mlflow_client, tracked_run
+from rakuten_mm.data.dataset import Dataset
 from rakuten_mm.data.ingestion import ingest
 from rakuten_mm.models.embeddings import EmbeddingStore
+from rakuten_mm.registry.trainings import open_training
 from rakuten_mm.synthetic.catalogue import synthesize
 from zenml_pipelines import run_notebook as rn
 from zenml_pipelines.run_notebook import NotebookError, run_notebook
@@ -33,7 +38,22 @@ def runs(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_train_then_evaluate(data_dir, tmp_path):
+def check_page(path):
+    "A report opens without a network, says first what was decided, and shows no empty value of a program."
+    page = path.read_text(encoding='utf-8')
+    asked = re.findall(r'(?:src|href)=["\']?https?:|url\(["\']?https?:|import[ (][^;<]*https?://', page)
+    assert not asked, asked
+    body = page[page.index('<main>'):]
+    head,settings,rest = (body.index(x) for x in ('border-left:6px solid', '<summary>Settings</summary>', '<h2'))
+    assert head < settings < rest and 'data version' in body[head:settings] and 'At work' not in body
+    text = re.sub(r'<[^>]+>', '\n', body)
+    bare = {l.strip() for l in text.splitlines()} & {'{}', '[]', 'None', 'nan', 'NaN', 'NaT'}
+    assert not bare, f'{path.name}: {bare}'
+    return body
+
+
+def test_train_then_evaluate(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv('MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL', '2')
     with tracked_run(name='notebooks') as run:
         res = run_notebook('train', tmp_path/'train', run, data_dir=data_dir, preset='smoke', references=False)
         scores = run_notebook('evaluate', tmp_path/'evaluate', run, data_dir=data_dir, train_dir=tmp_path/'train')
@@ -49,13 +69,37 @@ def test_train_then_evaluate(data_dir, tmp_path):
     logged = client.get_run(run).data
     assert logged.metrics['test/f1_weighted'] == pytest.approx(scores['test']['f1_weighted'])
     assert logged.params['seed'] == '42' and {'data_version', 'git_commit'} <= logged.tags.keys()
+    version = Dataset.open(data_dir).manifest['version']
+    read = {i.tags[0].value: i.dataset for i in client.get_run(run).inputs.dataset_inputs}
+    assert {k: (d.digest, json.loads(d.source)['split']) for k,d in read.items()} == dict.fromkeys(
+        ('train', 'test'), (version, 'grouped'))
+    assert 'system/cpu_utilization_percentage' in logged.metrics
+    note = logged.tags['mlflow.note.content']
+    assert f"**train**: Version {res['version']} is registered" in note and '**evaluate**: Weighted F1 is' in note
+    trained = check_page(tmp_path/'train'/'train.html')
+    assert 'epochs in' in trained and 'UserWarning' not in trained, 'the live table, folded when it is over'
+    card = check_page(tmp_path/'evaluate'/'evaluate.html')
+    assert re.search(r'is taken for <strong>.{3,}</strong> \(\d+\), (once|\d+ times)', card)
 
 
 def test_evaluation_refuses_other_data(data_dir, tmp_path):
-    (tmp_path/'result.json').write_text(json.dumps(dict(data_version='0'*16, split='grouped', bundle='',
-                                                        references={})))
-    with pytest.raises(NotebookError, match='was trained on data 0000'):
-        run_notebook('evaluate', tmp_path/'out', data_dir=data_dir, train_dir=tmp_path)
+    (tmp_path/'result.json').write_text(json.dumps(dict(data_version='0'*16, split='grouped')))
+    with pytest.raises(ValueError, match='was trained on data 0000'): open_training(tmp_path).dataset(data_dir)
+
+
+def test_by_hand_where_nothing_is(tmp_path, monkeypatch):
+    "Without parameters: a line with the cure, at the top too, and a failed run of its own in MLflow."
+    monkeypatch.setenv('RAKUTEN_MM_ARTIFACTS', str(tmp_path))
+    monkeypatch.delenv('MLFLOW_TRACKING_URI', raising=False)
+    nb = nbformat.read(rn.RUNS/'evaluate.ipynb', as_version=4)
+    with pytest.raises(CellExecutionError):
+        NotebookClient(nb, kernel_name='python3', resources=dict(metadata=dict(path=rn.RUNS))).execute()
+    outputs = [o for c in nb.cells if c.cell_type == 'code' for o in c.outputs]
+    error = next(o for o in outputs if o.output_type == 'error')
+    assert len(error.traceback) == 1 and 'run train.ipynb or scripts/quickstart.sh first' in error.traceback[0]
+    assert 'Did not finish' in next(o for o in outputs if o.output_type == 'display_data').data['text/html']
+    runs = mlflow_client().search_runs([experiment_id(mlflow_client())])
+    assert [(r.info.run_name, r.info.status) for r in runs] == [('evaluate', 'FAILED')]
 
 
 def test_folder_with_braces(runs, tmp_path):

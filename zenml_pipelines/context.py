@@ -4,11 +4,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mlflow
-from zenml import get_step_context
+from zenml import get_step_context, log_metadata
+from zenml.types import HTMLString
 
 from rakuten_mm.core.environment import artifacts_dir
 from rakuten_mm.core.process import identity_of
+from rakuten_mm.core.tracking import INGESTION
 from zenml_pipelines.run_notebook import run_notebook
+
+TRACKED_AS_INGESTION = dict(experiment_tracker=dict(experiment_name=INGESTION)) # Settings of a step
 
 
 class StepRun(NamedTuple):
@@ -16,9 +20,12 @@ class StepRun(NamedTuple):
     run_id:str # MLflow run that ZenML's tracker started, or empty without a tracker
     out_dir:Path
 
-    def notebook(self, name:str, **params)->dict:
-        "Execute a run notebook; see `run_notebook`."
-        return run_notebook(name, self.out_dir, self.run_id, **params)
+    def notebook(self, name:str, **params)->tuple[dict, HTMLString]: # Its result and its page
+        "Execute a run notebook, see `run_notebook`; the plain values of its result become metadata of the step."
+        result = run_notebook(name, self.out_dir, self.run_id, **params)
+        page = self.out_dir/f'{name}.html'
+        log_metadata({k: v for k,v in result.items() if isinstance(v, str | int | float)} | dict(page=str(page)))
+        return result, HTMLString(page.read_text(encoding='utf-8'))
 
 
 def step_run(

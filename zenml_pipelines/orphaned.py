@@ -76,8 +76,8 @@ def end_zenml(found:Orphans, names:set[str], dry_run:bool, gone_hosts:tuple[str,
 
 def running_mlflow()->list:
     "All runs that MLflow believes to be at work."
-    from rakuten_mm.core.tracking import EXPERIMENT, mlflow_client
-    experiments = [e.experiment_id for e in mlflow_client().search_experiments(filter_string=f"name = '{EXPERIMENT}'")]
+    from rakuten_mm.core.tracking import EXPERIMENTS, mlflow_client
+    experiments = [e.experiment_id for e in mlflow_client().search_experiments() if e.name in EXPERIMENTS]
     return mlflow_client().search_runs(experiments, "attributes.status = 'RUNNING'", max_results=50_000)
 
 

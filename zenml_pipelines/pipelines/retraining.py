@@ -29,8 +29,8 @@ def retraining(
     if feedback['raw_dir']:
         ingest(raw_dir=feedback['raw_dir'], data_dir=data_dir, max_quarantine=1., id='ingest_corrections')
     if not check_new_data(data_dir=data_dir, artifacts_dir=artifacts_dir).load(): return
-    train_dir,version = train(data_dir=data_dir, artifacts_dir=artifacts_dir, preset=preset, seed=seed, config=config,
-                              go_on=True)
-    scores = evaluate(data_dir=data_dir, artifacts_dir=artifacts_dir, train_dir=train_dir)
+    train_dir,version,_ = train(data_dir=data_dir, artifacts_dir=artifacts_dir, preset=preset, seed=seed,
+                                config=config, go_on=True)
+    scores,_ = evaluate(data_dir=data_dir, artifacts_dir=artifacts_dir, train_dir=train_dir)
     promote(data_dir=data_dir, artifacts_dir=artifacts_dir, version=version, test_scores=scores, train_dir=train_dir,
             corrections=feedback['table'], gate=gate)

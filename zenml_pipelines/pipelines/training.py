@@ -16,6 +16,6 @@ def training(
     gate:dict|None=None, # Overrides of rakuten_mm.registry.gate.GateConfig
 ):
     "Train, evaluate on the test split, promote if better."
-    train_dir,version = train(data_dir=data_dir, artifacts_dir=artifacts_dir, preset=preset, seed=seed, config=config)
-    scores = evaluate(data_dir=data_dir, artifacts_dir=artifacts_dir, train_dir=train_dir)
+    train_dir,version,_ = train(data_dir=data_dir, artifacts_dir=artifacts_dir, preset=preset, seed=seed, config=config)
+    scores,_ = evaluate(data_dir=data_dir, artifacts_dir=artifacts_dir, train_dir=train_dir)
     promote(data_dir=data_dir, artifacts_dir=artifacts_dir, version=version, test_scores=scores, gate=gate)

@@ -5,6 +5,7 @@ from typing import Annotated
 import mlflow
 from zenml import step
 from zenml.logger import get_logger
+from zenml.types import HTMLString
 
 from zenml_pipelines.context import step_run
 
@@ -21,7 +22,7 @@ def detect(
     levels:dict, # Alarm levels that differ from `rakuten_mm.monitoring.drift.Thresholds`
     retrain:bool, # Ask for a training when the content moved
     again_days:float, # Not again for the same champion before so many days
-)->Annotated[dict, 'drift']:
+)->tuple[Annotated[dict, 'drift'], Annotated[HTMLString, 'drift_report']]:
     "A report of what moved; with too little traffic it says so and ends."
     from rakuten_mm.core.config import from_dict
     from rakuten_mm.monitoring.drift import Thresholds
@@ -33,19 +34,20 @@ def detect(
     with Store.from_environment() as store:
         served = store.count_recent(days, f'rakuten-mm/{champion}') if champion else 0
     if champion and served >= min_predictions:
-        report = run.notebook('drift', data_dir=data_dir, days=days, min_predictions=min_predictions,
-                              max_reference=max_reference, levels=levels)
+        report,page = run.notebook('drift', data_dir=data_dir, days=days, min_predictions=min_predictions,
+                                   max_reference=max_reference, levels=levels)
     else:
         few = f'{served} answers by version {champion} in {days:g} days, {min_predictions} are needed'
         why = few if champion else 'there is no champion'
         report = dict(advice='wait', causes=[], summary=f'nothing is compared: {why}', n_window=served)
+        page = HTMLString(f"<p>{report['summary']}</p>")
     logger.info(report['summary'])
     if run.run_id:
         told = dict(causes=', '.join(report['causes']), advice=report['advice'], summary=report['summary'])
         mlflow.set_tags({f'drift.{k}': v for k,v in told.items()})
     if champion and retrain and report['advice'] == 'retrain':
         ask(champion, report['summary'].splitlines()[0], again_days)
-    return report
+    return report, page
 
 
 def ask(

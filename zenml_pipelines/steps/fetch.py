@@ -5,12 +5,12 @@ from typing import Annotated
 from zenml import step
 from zenml.logger import get_logger
 
-from zenml_pipelines.context import step_run
+from zenml_pipelines.context import TRACKED_AS_INGESTION, step_run
 
 logger = get_logger(__name__)
 
 
-@step(experiment_tracker=True, enable_cache=False)
+@step(experiment_tracker=True, enable_cache=False, settings=TRACKED_AS_INGESTION)
 def fetch(
     remote:str, # rclone's name:path, or a folder or archive on this machine; empty to use `raw_dir` as it is
     raw_dir:str, # Receives the delivery
