@@ -67,7 +67,7 @@ print(f"model card   {path.parents[1]/'evaluate'/'evaluate.html'}\ndecision     
 PY
 cat >&2 <<'TXT'
 MLflow       mlflow ui --backend-store-uri sqlite:///artifacts/mlflow.db
-notebooks    jupyter lab nbs
+notebooks    scripts/lab.sh
 the page     rakuten-mm serve, or this script with --stay
 TXT
 

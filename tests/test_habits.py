@@ -5,11 +5,16 @@ import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
+from contextlib import chdir
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from conftest import ROOT
+from jupyter_server.services.contents.largefilemanager import LargeFileManager
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from traitlets.config.loader import PyFileConfigLoader
 
 DOCUMENTS = [*ROOT.glob('*.md'), *(ROOT/'docs').rglob('*.md'), *(ROOT/'deploy').rglob('*.md')]
 DECISIONS = ROOT/'docs'/'decisions'
@@ -126,3 +131,55 @@ def test_notebooks_are_merged_by_cell(clone):
     assert 'class Category2' in merged
     assert 'from  dataclasses' in merged
     assert '<<<<<<<' not in merged
+
+
+def saved(repo, path, edit=lambda nb: None):
+    "Open a notebook in JupyterLab as scripts/lab.sh sets it up, run it, and save it as its editor does."
+    from execnb.shell import CaptureShell
+    config = PyFileConfigLoader('jupyter_server_config.py', str(ROOT/'scripts'/'lab')).load_config()
+    contents = LargeFileManager(root_dir=str(repo), config=config)
+    nb = contents.get(path)['content']
+    edit(nb)
+    shell = CaptureShell(repo)
+    for i,c in enumerate(nb.cells):
+        if c.cell_type != 'code': continue
+        c.outputs = [nbformat.from_dict(dict(o)) for o in shell.run(c.source)]
+        c.execution_count = i
+        c.metadata['execution'] = {'iopub.execute_input': '2026-01-01T00:00:00Z'}
+        for o in c.outputs:
+            if o.output_type == 'execute_result': o.execution_count = i
+    nb.metadata = nbformat.from_dict(dict(kernelspec=dict(display_name='Python 3 (ipykernel)', language='python',
+                                                          name='python3'), language_info=dict(name='python')))
+    contents.save(dict(type='notebook', format='json', content=nb), path)
+
+
+def test_opened_run_and_saved_changes_nothing(clone):
+    "Outputs that differ from run to run (a time, a place in memory) stay as they are in git, edited cells follow."
+    for name in ('core/00_config', 'core/05_display'):
+        shutil.copy(ROOT/'nbs'/'lib'/f'{name}.ipynb', clone/'nbs')
+    (clone/'nbs'/'runs').mkdir()
+    cells = [new_code_cell('import time; time.time()', outputs=[new_output('stream', text='long ago')], id='0'),
+             new_code_cell('1+1', id='1')]
+    kernel = dict(kernelspec=dict(name='python3', language='python', display_name='python3'))
+    for path in ('nbs/timed.ipynb', 'nbs/runs/timed.ipynb'):
+        kept = [nbformat.from_dict(c | dict(outputs=[] if 'runs' in path else c.outputs)) for c in cells]
+        nbformat.write(new_notebook(cells=kept, metadata=kernel), clone/path)
+    subprocess.run(['nbdev_clean', '--fname', 'nbs'], cwd=clone, check=True)
+    git(clone, 'add', '.'); git(clone, 'commit', '--quiet', '--message=notebooks')
+    with chdir(clone):
+        for path in ('nbs/a.ipynb', 'nbs/00_config.ipynb', 'nbs/05_display.ipynb', 'nbs/timed.ipynb',
+                     'nbs/runs/timed.ipynb'): saved(clone, path)
+        assert git(clone, 'diff') == git(clone, 'status', '--porcelain') == ''
+        saved(clone, 'nbs/timed.ipynb', lambda nb: nb.cells[1].update(source='1+2'))
+        saved(clone, 'nbs/runs/timed.ipynb', lambda nb: nb.cells[1].update(source='1+2'))
+    changed = lambda path: [l for l in git(clone, 'diff', '--unified=0', path).splitlines()
+                            if l[0] in '+-' and l[1] not in '+-']
+    assert changed('nbs/runs/timed.ipynb') == ['-    "1+1"', '+    "1+2"']
+    said = ''.join(changed('nbs/timed.ipynb'))
+    assert '"1+2"' in said and '"3"' in said and 'long ago' not in said
+
+
+def test_lab_tells_how_it_is_used():
+    told = subprocess.run([ROOT/'scripts'/'lab.sh', '--help'], capture_output=True, text=True)
+    assert told.returncode == 0 and '--port' in told.stdout and told.stderr == ''
+    assert subprocess.run([ROOT/'scripts'/'lab.sh', '--nothing'], capture_output=True).returncode == 2
