@@ -179,7 +179,8 @@ def test_opened_run_and_saved_changes_nothing(clone):
     assert '"1+2"' in said and '"3"' in said and 'long ago' not in said
 
 
-def test_lab_tells_how_it_is_used():
-    told = subprocess.run([ROOT/'scripts'/'lab.sh', '--help'], capture_output=True, text=True)
+@pytest.mark.parametrize('script', ['lab.sh', 'dashboard.sh'])
+def test_script_tells_how_it_is_used(script):
+    told = subprocess.run([ROOT/'scripts'/script, '--help'], capture_output=True, text=True)
     assert told.returncode == 0 and '--port' in told.stdout and told.stderr == ''
-    assert subprocess.run([ROOT/'scripts'/'lab.sh', '--nothing'], capture_output=True).returncode == 2
+    assert subprocess.run([ROOT/'scripts'/script, '--nothing'], capture_output=True).returncode == 2
