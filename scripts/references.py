@@ -25,6 +25,7 @@ MEANINGS = { # Variables that .env.example leaves out, since hardly anybody sets
     'RAKUTEN_MM_SCHEDULE': 'What `rakuten-mm scheduler` reads; default: zenml_pipelines/configs/schedule.yaml',
     'RAKUTEN_MM_PRESET': 'The preset that the whole system trains, in place of the one in its configuration',
     'RAKUTEN_MM_UP': 'Where `scripts/up.sh` keeps the state of the services that it runs',
+    'RAKUTEN_MM_STORE_OUTPUTS': '1 lets JupyterLab store all outputs, as `scripts/lab.sh --outputs` does',
 }
 
 
