@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 READS = re.compile(r'''(?:environ(?:\.get\(|\[)|envvar=)\s*f?['"]((?:RAKUTEN_MM|API|MLFLOW)_[A-Z_]+)['"]''')
 NAME = re.compile(r'^#? ?((?:RAKUTEN_MM|API|MLFLOW)_[A-Z_]+)=(.*)$')
 MEANINGS = { # Variables that .env.example leaves out, since hardly anybody sets them by hand
+    'API_NEW_PASSWORD': 'The password of `rakuten-mm users add` where nobody can type one',
     'API_URL': 'Where health checks ask the server; default: http://127.0.0.1:8080',
     'RAKUTEN_MM_RAW': 'The folder that `rakuten-mm fetch` brings up to date, where none is given',
     'RAKUTEN_MM_SCHEDULE': 'What `rakuten-mm scheduler` reads; default: zenml_pipelines/configs/schedule.yaml',
