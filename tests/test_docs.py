@@ -55,8 +55,8 @@ return page.concat(wide.slice(0, 5).map(e => `<${e.tagName.toLowerCase()} class=
 '''
 DARK = 'return document.documentElement.classList.contains("quarto-dark")'
 WINGS = [w for w in ALLOWED if (ROOT/'nbs'/'lib'/w).is_dir()]
-PAGES = ['index.html', 'tour.html', 'tutorials/first_model.html', 'howto/operate.html',
-         'explanation/architecture.html', 'decisions/index.html', 'reference/cli.html',
+PAGES = ['index.html', 'tour.html', 'tutorials/first_model.html', 'howto/operate.html', 'gallery/evaluate.html',
+         'gallery/ingest.html', 'explanation/architecture.html', 'decisions/index.html', 'reference/cli.html',
          'reference/settings.html', 'lib/data/index.html', 'lib/data/schema.html', 'lib/training/fit.html',
          'research/members.html', 'runs/train.html']
 
