@@ -53,7 +53,7 @@ def check_page(path):
 
 
 def test_train_then_evaluate(data_dir, tmp_path, monkeypatch):
-    monkeypatch.setenv('MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL', '2')
+    monkeypatch.setenv('MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL', '.5')
     with tracked_run(name='notebooks') as run:
         res = run_notebook('train', tmp_path/'train', run, data_dir=data_dir, preset='smoke', references=False)
         scores = run_notebook('evaluate', tmp_path/'evaluate', run, data_dir=data_dir, train_dir=tmp_path/'train')

@@ -258,14 +258,13 @@ def fit(
     start,out_dir = time.perf_counter(), Path(out_dir)
     check_trainable(data.products); devices = choose_devices(cfg)
     torch.set_num_threads(n_threads(cfg.fit.n_threads)); pl.seed_everything(seed, verbose=False)
-    with process_group(devices):
+    forks = devices.strategy in FORKS  # a thread that measures would be forked too
+    with process_group(devices), system_metrics('' if forks or not is_first() else run_id):
         dm,key = from_first(lambda: prepare(data, cfg, devices, seed, progress, init, taught))
         if run_id: log_provenance(run_id, dm.cfg, seed, data.manifest['version'], data.split)
         with run_folder(out_dir, shared, key) if is_first() else nullcontext() as own:
             folder = from_first(lambda: own)
-            forks = devices.strategy in FORKS  # a thread that measures would be forked too
-            with system_metrics('' if forks or not is_first() else run_id):
-                history = run_epochs(dm, devices, folder, key, run_id, progress)
+            history = run_epochs(dm, devices, folder, key, run_id, progress)
     if not is_first(): return None
     if run_id: mlflow_client().log_param(run_id, 'epochs', len(history))
     try: return calibrate(data, dm, devices, history, folder, start)
