@@ -60,8 +60,11 @@ class KernelExpert(nn.Module):
         has_text:Tensor, has_image:Tensor, # (B, 1)
     )->Tensor: # (M, B, K)
         "Logits of each member; 0 without text or image."
-        share = torch.matmul(similarity(self.embed(text, image), self.points), self.weight)
-        return share.clamp_(min=.01).log_()*(has_text*has_image)
+        out,both = text.new_zeros(self.members, len(text), self.weight.shape[2]), (has_text*has_image)[:, 0] > 0
+        if not both.any(): return out
+        share = torch.matmul(similarity(self.embed(text[both], image[both]), self.points), self.weight)
+        out[:, both] = share.clamp_(min=.01).log_()
+        return out
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name,p in self.named_parameters():  # it has as many points as there were listings

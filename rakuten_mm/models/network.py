@@ -195,20 +195,23 @@ def vectors(self:MultimodalNet, batch:dict)->dict[str, Tensor]: # Scaled `text` 
     return out
 
 @patch
-def forward(self:MultimodalNet, batch:dict)->Tensor: # (M, E, B, K)
-    "Logits of each member's experts; while training, of those that are being trained."
+def forward(self:MultimodalNet,
+    batch:dict,
+    fitted:bool = True, # Ask the experts that need no gradient too, unless others are being trained
+)->Tensor: # (M, E, B, K)
+    "Logits of each member's experts."
     v,masks = self.vectors(batch), [batch[k].float().unsqueeze(1) for k in ('has_text', 'has_image')]
     x = self.experts(v.get('text'), v.get('image'), *masks)
-    if self.experts.training or not self.gaussian: return x
-    fitted = [self.gaussian(v, *masks)]
-    if self.kernel: fitted.append(self.kernel(batch['text'], v['image'], *masks))
-    return torch.cat([torch.stack(fitted, 1), x], 1)
+    if self.experts.training or not (fitted and self.gaussian): return x
+    also = [self.gaussian(v, *masks)]
+    if self.kernel: also.append(self.kernel(batch['text'], v['image'], *masks))
+    return torch.cat([torch.stack(also, 1), x], 1)
 
 # %% ../../nbs/lib/models/08_network.ipynb #a15e7f30
 @patch
-def out_of_fold_logits(self:MultimodalNet, batch:dict)->Tensor: # (E, B, K)
+def out_of_fold_logits(self:MultimodalNet, batch:dict, fitted:bool = True)->Tensor: # (E, B, K)
     "Logits of the experts: each listing's by the member whose fold it is in, by the average of all in no fold (-1)."
-    x,fold = self(batch), batch['fold']
+    x,fold = self(batch, fitted), batch['fold']
     own = x[fold.clamp(min=0), :, torch.arange(len(fold))].transpose(0, 1)
     return torch.where((fold < 0)[:, None], x.mean(0), own)
 

@@ -87,8 +87,8 @@ def training_step(self:ProductClassifier, batch:dict, batch_idx:int)->Tensor:
 @patch
 def validation_step(self:ProductClassifier, batch:dict, batch_idx:int):
     "Loss of the experts, and F1 of the last one, on one validation batch, answered by members that have not seen it."
-    logits = self.net.out_of_fold_logits(batch)
-    loss = self.losses(logits[-len(self.net.experts.each):].unsqueeze(0), batch).mean()
+    logits = self.net.out_of_fold_logits(batch, fitted=False)
+    loss = self.losses(logits.unsqueeze(0), batch).mean()
     self.check_loss(loss, 'validation')
     self.log('val/loss', loss, batch_size=len(batch['target']), sync_dist=True)
     self.metrics.update(logits[-1], batch['target'])
