@@ -22,12 +22,12 @@ esac; done
 
 . "$(dirname "$0")/setup.sh"
 home=.venv-dashboard
-version=$(python -c 'import importlib.metadata as m; print(m.version("zenml"))')
-if [ "$(cat $home/.installed 2>/dev/null)" != "$version" ]; then
+lock=scripts/dashboard.txt
+if ! cmp --silent $lock $home/.installed; then
     say "installing the dashboard into $home"
     uv venv --quiet --allow-existing --python .venv/bin/python $home
-    uv pip install --quiet --python $home/bin/python "zenml[server,local]==$version" >&2
-    echo "$version" > $home/.installed
+    uv pip install --quiet --python $home/bin/python --only-binary :all: --require-hashes --requirement $lock >&2
+    cp $lock $home/.installed
 fi
 # Where the pipelines keep their runs; the server's own settings go elsewhere.
 store=$(python -c 'from zenml.config.global_config import GlobalConfiguration as G; print(G().store_configuration.url)')

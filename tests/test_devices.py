@@ -50,6 +50,7 @@ def learnt_alike(home, alone):
     assert abs(info['val']['f1_weighted']-alone.val['f1_weighted']) < .06
 
 
+@pytest.mark.system
 def test_command_forks(data_dir, tmp_path, alone):
     "Two devices, one command: it reads, writes and prints once."
     done = train(data_dir, tmp_path, TWO, '--no-track')
@@ -91,7 +92,7 @@ fitting.fit(Dataset.open(sys.argv[1]), read_config(sys.argv[2]), out, progress=F
 '''
 
 
-@pytest.mark.parametrize('victim', ['0', pytest.param('1', marks=pytest.mark.system), 'parent'])
+@pytest.mark.parametrize('victim', [*(pytest.param(v, marks=pytest.mark.system) for v in '01'), 'parent'])
 def test_killed_it_goes_on_with_another_number(data, data_dir, tmp_path, alone, victim, monkeypatch):
     "Whoever is killed: two devices began, one ends it, and no more than the epoch is lost."
     write_config(TWO, tmp_path/'config.json')

@@ -92,6 +92,7 @@ def wait_for(ask, seconds:float = 60):
     return got
 
 
+@pytest.mark.system
 def test_a_month_of_the_loop(months):
     home,second,before = months
     url,data = f"sqlite:///{home/'feedback.db'}", Dataset.open(home/'data')
@@ -121,6 +122,7 @@ def test_a_month_of_the_loop(months):
     assert f'new: {LATE}' in report and '| from | to |' in report
 
 
+@pytest.mark.system
 def test_nothing_new_ends_quickly(months):
     home,second,_ = months
     versions = len(mlflow_client().search_model_versions("name='rakuten-mm'"))

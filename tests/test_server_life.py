@@ -144,6 +144,7 @@ def test_f15_worker_dies(faulty):
     assert faulty.metric('rakuten_worker_restarts_total') == 1
 
 
+@pytest.mark.system
 def test_f15_neighbours_survive_a_killer(bundle):
     "With time enough for another worker to start, nobody is lost but the killer."
     with running_server(bundle, FAULTY, API_TIMEOUT_S='90') as server, ThreadPoolExecutor(8) as pool:
@@ -433,6 +434,7 @@ def test_f55_shadow_that_ended_the_worker_becomes_champion(sufferer, registry, b
     server.killers.write_text('')
 
 
+@pytest.mark.system
 def test_f55_champion_that_cannot_be_started_with(registry, bundle, tmp_path):
     "A server that starts takes the model that was served last."
     model,good = 'models:/rakuten-mm@other', registry(bundle, 'other')

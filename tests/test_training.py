@@ -178,6 +178,7 @@ def test_layers_learn_at_their_own_rate(architecture):
 
 # Several processes
 
+@pytest.mark.system
 def test_two_processes(data_dir, weights, tmp_path):
     "`ddp_notebook` forks a process that has computed already, returns, and the parent has the trained weights."
     done = script('''

@@ -131,7 +131,7 @@ def test_f58_promotion_killed_at_every_write(made, tmp_path, judged_better, quic
         assert is_whole(*((3, 2) if n else (2, 1)), 'promote'), n
         if not n: return
         assert json.loads(tags(3)['promotion.promoted']) is True
-        assert 'promoted' in listed.output.splitlines()[0]
+        assert 'promoted' in listed.output.splitlines()[1]
         assert call('rollback', '--why', 'after all').exit_code == 0
         assert is_whole(2, 3, 'rollback'), n
         assert rolled_back(3) == 'after all'
