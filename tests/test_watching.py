@@ -37,7 +37,7 @@ def families(server):
     assert server.ask().status_code == 200
     page = lambda: list(text_string_to_metric_families(server.client.get('/metrics').text))
     disk = lambda: next(f.samples[0].value for f in page() if f.name == 'rakuten_disk_free_bytes')
-    for _ in range(100):
+    for _ in range(600):
         if disk(): break
         time.sleep(.1)
     return {f.name: f for f in page()}
