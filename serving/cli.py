@@ -1,12 +1,11 @@
 "Commands of the server: `rakuten-mm serve` and `rakuten-mm users`. Each imports what it needs when it runs."
 import errno
 import socket
-from pathlib import Path
 
 import click
 
 from rakuten_mm.api import ROLES
-from rakuten_mm.cli.output import shown_by, table
+from rakuten_mm.cli.output import check_folder, shown_by, table
 
 
 class ServeCommand(click.Command):
@@ -37,8 +36,7 @@ def serve(model, host, port):
     """Serve predictions over HTTP.
 
     For the user API_USERNAME with API_PASSWORD, and those that `rakuten-mm users` knows."""
-    if not model.startswith('models:/') and not Path(model).is_dir():
-        raise FileNotFoundError(f'{model}: no such bundle')
+    check_folder(model)
     check_port(host, port)
     from serving.server import serve
     serve(model, host, port)

@@ -45,11 +45,12 @@ def weigh(
 )->np.ndarray: # (S, B)
     "The weights of an ensemble's bundles, for each state."
     names,scored = [str(i) for i in range(len(reads))], {}
+    needs = {n: r for n,r in zip(names, reads, strict=True) if len(r) == 1}  # one that reads both does with either
     for s,(use,some) in as_seen(rows).items():
         some = np.random.default_rng(0).permutation(some)[:max_rows]
         probs = ask(use, rows.iloc[some]) if len(some) else None
         if probs is not None: scored[s] = (np.log(np.maximum(probs, LEAST)), targets[some])
-    return Stack(names, dict(zip(names, reads, strict=True))).fit(scored).weights.numpy()
+    return Stack(names, needs).fit(scored).weights.numpy()
 
 # %% ../../nbs/lib/training/08_ensembles.ipynb #12473b7d
 def unseen(
