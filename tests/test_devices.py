@@ -59,6 +59,7 @@ def test_command_forks(data_dir, tmp_path, alone):
     learnt_alike(tmp_path, alone)
 
 
+@pytest.mark.system
 def test_torchrun(data_dir, tmp_path, alone):
     "Two processes of torchrun are one training: one MLflow run, one version."
     from mlflow import MlflowClient

@@ -114,6 +114,7 @@ def test_f44_failing_notebook(stack, tmp_path):
     assert not (tmp_path/'data'/'CURRENT').exists()
 
 
+@pytest.mark.system
 def test_api_check(stack, bundle, tmp_path, monkeypatch):
     "It passes on a server of the champion, and fails with another password; either way its report is kept."
     with tracked_run(name='api check') as registering: version = register_bundle(registering, bundle)

@@ -51,6 +51,7 @@ def test_goes_on_to_the_asked_number_as_nested_runs(data, whole, tmp_path):
     assert len(search(data, CFG, tmp_path, 3, progress=False).trials) == 3
 
 
+@pytest.mark.system
 def test_a_killed_search_ends_in_the_same_trials(data, data_dir, whole, tmp_path):
     "kill -9 in the second trial: its number is given up, its values are tried again."
     code = f'''
